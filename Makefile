@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer:
+#   make quickstart   train, probe and print results on built-in scenes
+#   make test         the whole test suite and the linter
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint slow lock clean
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.test: requirements-test.lock $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet -r requirements-test.lock
+	touch $@
+
+quickstart: $(VENV)/.runtime
+	$(BIN)/python -m examples.quickstart --workdir=runs/quickstart
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m slow
+
+# Fresh environments from pyproject.toml, written down without local version suffixes.
+FREEZE = .cache/lock/bin/python -m pip freeze --exclude-editable --all | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+//'
+lock:
+	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install --quiet --upgrade pip setuptools
+	.cache/lock/bin/python -m pip install --quiet -e .
+	$(FREEZE) > requirements.lock
+	.cache/lock/bin/python -m pip install --quiet -c requirements.lock -e '.[test]'
+	$(FREEZE) > requirements-test.lock
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Arrays, meshes, loops, files: what both systems stand on. Knows no model."""

@@ -1,0 +1,141 @@
+"""Score a set: one compiled program, whole padded batches, integer counts summed over hosts."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from common_jax.checkpoint import read_checkpoint
+from common_jax.compiler import compiler_options
+from common_jax.files import write_json
+from common_jax.metric_log import say
+from common_jax.report import format_table
+from common_jax.sharding import (
+    check_batch,
+    make_mesh,
+    merge_trees,
+    put_batch,
+    put_tree,
+    replicated,
+    split_tree,
+    tree_shardings,
+)
+from common_jax.task import Evaluator, Task
+from common_jax.workdir import check_config
+
+
+class Scorer:
+    """Runs `task.predict` over evaluation sets. `batches` is data.pipeline.eval_batches."""
+
+    def __init__(self, task: Task, mesh, batches, batch_size: int):
+        self.task, self.mesh, self.batches, self.batch_size = task, mesh, batches, batch_size
+        self.predict = jax.jit(
+            task.predict,
+            static_argnums=3,
+            out_shardings=replicated(mesh),
+            compiler_options=compiler_options(),
+        )
+
+    def score(self, evaluator: Evaluator, params, state, phase):
+        """-> ({metric: value}, state); state changes only where evaluation counts as a call."""
+        totals = None
+        loader = self.batches(
+            evaluator.source,
+            evaluator.transforms,
+            batch_size=self.batch_size,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+        )
+        for batch in loader:
+            encoded = self.task.encode(put_batch(batch, self.mesh))
+            outputs, state = self.predict(params, state, encoded, phase)
+            rows = _local_rows(outputs, len(batch["mask"]))
+            counts = evaluator.update(rows, batch)
+            totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
+        if totals is None:
+            raise ValueError("evaluation set is empty: nothing to score")
+        return evaluator.finish(_sum_over_hosts(totals)), state
+
+
+def _local_rows(outputs, rows: int):
+    """This host's rows of replicated global outputs, as numpy."""
+    start = jax.process_index() * rows
+    return jax.tree.map(lambda x: np.asarray(x)[start : start + rows], outputs)
+
+
+def _sum_over_hosts(counts):
+    if jax.process_count() == 1:
+        return counts
+    gathered = multihost_utils.process_allgather(counts)
+    return jax.tree.map(lambda x: np.asarray(x).sum(0), gathered)
+
+
+class Trained(NamedTuple):
+    """What a run has learnt so far: arrays on a mesh, the step, and which checkpoint it is."""
+
+    params: Any
+    state: Any
+    step: int
+    source: str
+
+
+def restore_trained(task: Task, workdir: str | os.PathLike, mesh) -> Trained:
+    """The parameters that a run scores (averaged ones if it keeps them), best checkpoint first.
+
+    Raises CheckpointError when the run has no readable checkpoint.
+    """
+    tree, source = read_checkpoint(Path(workdir).expanduser(), ("params", "ema", "state", "step"))
+    params = tree["ema"] if tree["ema"] and task.config.eval.params == "ema" else tree["params"]
+    if task.trainable != Task.trainable:
+        params = merge_trees(split_tree(task.init(task.config.seed)[0], task.trainable)[1], params)
+    params = put_tree(params, tree_shardings(params, task.sharding_rules, mesh))
+    state = put_tree(tree["state"], tree_shardings(tree["state"], (), mesh))
+    return Trained(params, state, int(tree["step"]), source)
+
+
+def evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) -> int:
+    """Score the sets of a task on a run's best checkpoint; prints a table, writes eval.json.
+
+    Nothing else in the workdir changes: a run that is still going may be scored. batches:
+    data.pipeline.eval_batches. Returns the exit status 0; raises WorkdirError, CheckpointError.
+    """
+    started, config = time.perf_counter(), task.config
+    folder = check_config(workdir, config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    batch_size = config.eval.batch_size or config.batch_size
+    check_batch(batch_size, mesh)
+    task.prepare(mesh, batches)
+    trained = restore_trained(task, folder, mesh)
+    say(f"scoring {folder}/{trained.source}")
+    scorer, state, scores = Scorer(task, mesh, batches, batch_size), trained.state, {}
+    for name, evaluator in task.evaluators().items():
+        phase = task.phase(trained.step, train=False)
+        scores[name], state = scorer.score(evaluator, trained.params, state, phase)
+    if not scores:
+        raise ValueError(f"config.task={config.task!r} has no evaluation sets: nothing to score")
+    if jax.process_index() == 0:
+        print(format_scores(scores, f"step {trained.step} ({trained.source})"))
+        found = {f"eval/{n}/{k}": v for n, values in scores.items() for k, v in values.items()}
+        found = {k: v if math.isfinite(v) else None for k, v in found.items()}  # JSON has no NaN
+        about = {"selected_step": trained.step, "checkpoint": trained.source}
+        seconds = round(time.perf_counter() - started, 2)
+        write_json(folder / "eval.json", found | about | {"seconds": seconds})
+    return 0
+
+
+def format_scores(scores: dict[str, dict[str, float]], title: str) -> str:
+    """Text table of {set: {metric: value}}, a line per metric, a column per set."""
+    metrics = list(dict.fromkeys(metric for values in scores.values() for metric in values))
+    rows = [
+        {"metric": metric, **{name: values.get(metric) for name, values in scores.items()}}
+        for metric in metrics
+    ]
+    return format_table(rows, ["metric", *((name, ".4f") for name in scores)], title=title)

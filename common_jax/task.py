@@ -1,0 +1,113 @@
+"""The seam between an experiment and the one training loop: a Task is a bundle of pure functions.
+
+The loop (train_loop.py) owns steps, devices, checkpoints and logs; a Task owns everything that has
+to do with a model or a dataset. A Task object is built from a config and holds no mutable training
+state: what training changes is `params` (optimised) and `state` (BatchNorm statistics, counters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Tree = Any
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One evaluation set and how its predictions become numbers.
+
+    source: random-access examples (data/ protocol). transforms: numpy callables for the pipeline.
+    update: (outputs, batch) -> tree of numpy counts, which are summed over batches and hosts;
+        padded rows are marked False in batch["mask"] and must not count.
+    finish: summed counts -> {metric: float}.
+    """
+
+    source: Any
+    transforms: Sequence[Callable]
+    update: Callable[[Tree, Batch], Tree]
+    finish: Callable[[Tree], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A part of a run for `launch.py plan`: its abstract parameters and what lies beside them."""
+
+    name: str
+    shapes: Tree
+    trainable: bool = False
+    note: str = ""
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Task:
+    """Defaults of the seam; an experiment overrides what it needs."""
+
+    trainable: str = ".*"
+    """Regex on parameter paths (`a/b/kernel`); the rest carries no gradient, no optimiser state."""
+
+    sharding_rules: Sequence[tuple[str, tuple]] = ()
+    """(regex on parameter paths, PartitionSpec entries); first match wins, else replicated."""
+
+    accumulates: bool = True
+    """Whether a step may be split into microbatches (False with BatchNorm)."""
+
+    selection: str = ""
+    """Metric of the `val` set that `eval.select=auto` follows (larger is better)."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def init(self, seed: int) -> tuple[Tree, Tree]:
+        """(params, state) as host arrays, pretrained weights already in place."""
+        raise TypeError(f"{type(self).__name__} does not define init")
+
+    def prepare(self, mesh, batches: Callable) -> None:
+        """Load frozen parts and build caches before step 0. batches: data.pipeline.eval_batches."""
+
+    def train_source(self):
+        """Random-access training examples."""
+        raise TypeError(f"{type(self).__name__} does not define train_source")
+
+    def transforms(self, split: str) -> Sequence[Callable]:
+        """Numpy callables (example, rng) -> example of the input pipeline."""
+        return ()
+
+    def phase(self, step: int, train: bool = True) -> Hashable:
+        """Static part of the program for step `step` (steps done so far): one program a value."""
+        return None
+
+    def encode(self, batch: Batch) -> Batch:
+        """Device work outside the gradient (a frozen backbone); default: none."""
+        return batch
+
+    def loss(self, params: Tree, state: Tree, batch: Batch, key, phase: Hashable):
+        """-> (loss_sum, weight_sum, state, metrics): sums over rows, so that splitting is exact.
+
+        metrics: {name: scalar} of means, logged as train/<name>.
+        """
+        raise TypeError(f"{type(self).__name__} does not define loss")
+
+    def predict(self, params: Tree, state: Tree, batch: Batch, phase: Hashable):
+        """-> (outputs, state): outputs is a tree of arrays with a leading batch axis."""
+        raise TypeError(f"{type(self).__name__} does not define predict")
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Named evaluation sets; `val` selects the best checkpoint, `test` is scored at the end."""
+        return {}
+
+    def during(self, step: int, params: Tree, workdir: str) -> None:
+        """Called at every evaluation with the parameters under test (samples, pictures)."""
+
+    def report(self, params: Tree, state: Tree, results: dict, workdir: str) -> None:
+        """Write figures and exports once, after the final evaluation (process 0 only)."""
+
+    def flops(self) -> float | None:
+        """Model FLOPs of one training example, forward and backward; None when not counted."""
+        return None
+
+    def plan(self) -> list[PlanRow]:
+        """Parts of the run by abstract shapes, nothing allocated."""
+        return []

@@ -1,0 +1,150 @@
+"""A run's folder: what defines the run, who holds it, whether it is done."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from common_jax.files import read_json, write_atomic, write_json
+
+# Settings that change how a run is executed, not what it computes.
+FREE_GROUPS = ("mesh", "log", "eval", "checkpoint")
+FREE_KEYS = ("optim.steps", "optim.epochs", "data.workers", "data.cache_dir", "model.pool")
+
+
+class WorkdirError(RuntimeError):
+    """The workdir belongs to another run, or to another process."""
+
+
+def flatten_config(config, prefix: str = "") -> dict:
+    """{"optim.lr": 0.01, ...} of a ConfigDict or nested dict."""
+    flat = {}
+    for key, value in dict(config).items():
+        name = f"{prefix}{key}"
+        if hasattr(value, "items"):
+            flat |= flatten_config(value, name + ".")
+        else:
+            flat[name] = value
+    return flat
+
+
+def read_config(path: str | os.PathLike) -> dict:
+    """The config a workdir was made with, as a nested dict; sequences are tuples again.
+
+    Raises WorkdirError when no run was started there.
+    """
+    file = Path(path).expanduser() / "config.json"
+    if not file.is_file():
+        raise WorkdirError(f"{file} does not exist: no run was started in this workdir")
+    config: dict = {}
+    for name, value in read_json(file).items():
+        *groups, leaf = name.split(".")
+        place = config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = _to_tuple(value)
+    return config
+
+
+def _to_tuple(value):
+    return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
+
+
+def check_config(path: str | os.PathLike, config, ignored: tuple[str, ...] = ()) -> Path:
+    """Refuse to read a workdir with a config of another run; returns the folder, writes nothing.
+
+    ignored: beginnings of keys that may differ, beside those that a resumed run may change.
+    """
+    folder = Path(path).expanduser()
+    found = flatten_config(read_config(folder))
+    wanted = json.loads(json.dumps(flatten_config(config)))
+    wanted = {key: _to_tuple(value) for key, value in wanted.items()}
+    differing = [
+        f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key) and not (_is_free(key) or key.startswith(ignored))
+    ]
+    if differing:
+        raise WorkdirError(
+            f"workdir {folder} holds a run with another config:\n  " + "\n  ".join(differing) + "\n"
+            "Leave --config out to use the one stored there."
+        )
+    return folder
+
+
+def _is_free(key: str) -> bool:
+    return key.split(".")[0] in FREE_GROUPS or key in FREE_KEYS
+
+
+def open_workdir(path: str, config, *, is_writer: bool) -> Path:
+    """Create or re-enter a workdir; refuses a config that would be another run, naming the keys.
+
+    Returns the folder. Files: config.json, command.txt, env.txt.
+    """
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps(flatten_config(config)))
+    known = folder / "config.json"
+    if known.exists():
+        _check_same_run(folder, read_json(known), wanted)
+    if is_writer:
+        write_json(known, wanted)
+        with (folder / "command.txt").open("a") as file:
+            file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+        write_atomic(folder / "env.txt", _environment().encode())
+    return folder
+
+
+def _check_same_run(folder: Path, found: dict, wanted: dict) -> None:
+    changed = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    free = [k for k in changed if _is_free(k)]
+    fixed = [
+        f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in changed if k not in free
+    ]
+    # More steps continue a run; fewer would end it before its checkpoint.
+    for key in ("optim.steps", "optim.epochs"):
+        if (wanted.get(key) or 0) < (found.get(key) or 0):
+            fixed.append(f"{key}: {found[key]} there, {wanted.get(key)} now (may only grow)")
+    if fixed:
+        raise WorkdirError(
+            f"workdir {folder} holds a run with another config:\n  " + "\n  ".join(fixed) + "\n"
+            "Use another --workdir, or set these keys as they are there."
+        )
+    for key in free:
+        from common_jax.metric_log import say
+
+        say(f"config change kept: {key} was {found.get(key)!r}, now {wanted.get(key)!r}")
+
+
+def lock_workdir(folder: Path):
+    """Hold the folder for this process; the lock goes with the process, however it ends."""
+    handle = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        holder = handle.read().strip() or "unknown"
+        raise WorkdirError(
+            f"workdir {folder} is in use by process {holder}; wait for it or use another --workdir"
+        ) from error
+    handle.truncate(0)
+    handle.write(f"{os.getpid()} on {platform.node()}")
+    handle.flush()
+    return handle
+
+
+def _environment() -> str:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    for name in names:
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} missing")
+    return "\n".join(lines) + "\n"

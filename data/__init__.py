@@ -1,0 +1,1 @@
+"""Sources, transforms and the input pipeline: numpy and grain, no jax of our own."""

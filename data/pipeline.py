@@ -1,0 +1,156 @@
+"""The one input pipeline: the batch is a function of the step.
+
+Training order, fixed so that it does not depend on the number of hosts, workers or restarts:
+source, seed, shuffle, repeat, then every map (random ones too), then batch, then this host's
+batches, then the steps already done. With global batch G = n * b, host h of n at step k holds the
+stream rows [k*G + h*b, k*G + (h+1)*b). Slicing before batching would keep the set of rows of a
+step but not their order. The generator of a random transform is seeded by (seed, stream index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+Example = dict[str, Any]
+Transform = Callable[[Example, np.random.Generator], Example]
+
+# Grain prefetches 500 elements by default; an element here is a whole batch.
+THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+class _Transforms:
+    """All transforms of one element in order, sharing the element's generator."""
+
+    def __init__(self, transforms: Sequence[Transform]):
+        self.transforms = tuple(transforms)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        for transform in self.transforms:
+            example = transform(example, rng)
+        return example
+
+
+class _Padded:
+    """A source stretched to `length`; rows past the end repeat the last one, mask = False."""
+
+    def __init__(self, source: Any, length: int):
+        self.source, self.length = source, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Example:
+        real = i < len(self.source)
+        example = dict(self.source[i if real else len(self.source) - 1])
+        if "mask" in example:
+            raise ValueError(
+                "examples may not hold a key 'mask': it marks the real rows; use 'label'"
+            )
+        return example | {"mask": np.bool_(real)}
+
+
+def _add_index(index: int, example: Example) -> Example:
+    return dict(example) | {"index": np.int64(index)}
+
+
+def _stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Stacks every key; keys, shapes and types must agree over the batch."""
+    batch = {}
+    for key in examples[0]:
+        try:
+            batch[key] = np.stack([np.asarray(example[key]) for example in examples])
+        except (KeyError, ValueError) as error:
+            found = [np.shape(e[key]) if key in e else "absent" for e in examples]
+            raise ValueError(
+                f"examples {[e.get('id', '?') for e in examples]} cannot be batched: "
+                f"'{key}' has shapes {found}; add a transform that brings them to one shape"
+            ) from error
+    return batch
+
+
+def _stack_numbers(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    batch = _stack(examples)
+    return {key: value for key, value in batch.items() if value.dtype.kind in "biuf"}
+
+
+def _local_batch(batch_size: int, host: int, num_hosts: int) -> int:
+    if batch_size < 1 or num_hosts < 1 or batch_size % num_hosts:
+        raise ValueError(
+            f"batch_size={batch_size} (global) is not divisible by {num_hosts} hosts; "
+            f"use a multiple of {num_hosts}"
+        )
+    if not 0 <= host < num_hosts:
+        raise ValueError(f"host={host} is not in 0..{num_hosts - 1}")
+    return batch_size // num_hosts
+
+
+def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    iterable = dataset.to_iter_dataset(THREADS)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # worker processes refuse unparsed absl flags
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iter(iterable)
+
+
+def train_batches(
+    source: Any,
+    transforms: Sequence[Transform] = (),
+    *,
+    batch_size: int,
+    seed: int,
+    host: int = 0,
+    num_hosts: int = 1,
+    step: int = 0,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless training batches of this host, starting at `step`.
+
+    batch_size is global: every host gets batch_size / num_hosts rows of each step. Each batch
+    holds the numeric keys of the examples, stacked, and `index` (int64, the stream index; epoch =
+    index // len(source)). Strings are dropped. workers = 0 reads by threads, else by that many
+    spawned processes, with identical batches; then the caller needs a `__main__` guard and should
+    call `.close()` on the iterator.
+    """
+    local = _local_batch(batch_size, host, num_hosts)
+    if not len(source):
+        raise ValueError(
+            f"source '{getattr(source, 'name', source)}' is empty: nothing to train on"
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is not in 0..2**32-1")
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
+    dataset = dataset.batch(local, drop_remainder=True, batch_fn=_stack_numbers)
+    return _iterate(dataset[host::num_hosts][step:], workers)
+
+
+def eval_batches(
+    source: Any,
+    transforms: Sequence[Transform] = (),
+    *,
+    batch_size: int,
+    host: int = 0,
+    num_hosts: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass in order, the same number of whole batches on every host.
+
+    batch_size is global. `mask` (bool) is False on rows that only fill the last batches, which
+    repeat the last example; `index` is the row in the source. Strings (`id`) are kept.
+    """
+    local = _local_batch(batch_size, host, num_hosts)
+    steps = -(-len(source) // batch_size)
+    if not steps:
+        return iter(())
+    dataset = grain.MapDataset.source(_Padded(source, steps * batch_size)).seed(0)
+    dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
+    dataset = dataset.batch(local, drop_remainder=True, batch_fn=_stack)
+    return _iterate(dataset[host::num_hosts], workers)

@@ -1,0 +1,1 @@
+"""GeoDiT: a vision-language model for remote sensing that writes by masked diffusion."""

@@ -1,0 +1,282 @@
+"""The only entry point.
+
+    python launch.py train       --config=configs/satdifuser_probe.py:fuser=gw --workdir=runs/a
+    python launch.py eval        --workdir=runs/a [--sweep=timesteps,taps]
+    python launch.py extract     --config=... --images=FILE_OR_FOLDER --out=FOLDER
+    python launch.py predict     --workdir=runs/a --images=FILE_OR_FOLDER [--out=FOLDER]
+    python launch.py convert     --weights=FOLDER --to=public|flax-diffusers --out=FOLDER
+    python launch.py verify      --weights=FOLDER
+    python launch.py plan        --config=...
+    python launch.py show_config --config=...
+
+Settings: --config.group.key=value. `:tiny` makes any config a smoke test that runs in seconds.
+`python launch.py VERB --help` says what a verb does and lists its flags.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+# The compilation cache makes the second start of a run quick; set the variable to move it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/xla").absolute()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+TASKS = {
+    "satdifuser_probe": ("satdifuser_jax.probe", "ProbeTask"),
+    "satdifuser_pretrain": ("satdifuser_jax.pretrain", "PretrainTask"),
+}
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :arg.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Checkpoint folder in the public layout.")
+RESOLUTION = flags.DEFINE_integer("resolution", None, "Which one, where a release has several.")
+IMAGES = flags.DEFINE_string("images", None, "A picture or a folder of pictures.")
+OUT = flags.DEFINE_string("out", None, "Where results are written.")
+TO = flags.DEFINE_enum("to", "public", ["public", "flax-diffusers"], "Layout to convert to.")
+FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "array_record"], "Feature file format.")
+SWEEP = flags.DEFINE_list("sweep", [], "Linear probes of single timesteps and/or taps.")
+
+
+def need(flag, verb: str):
+    """Value of a flag that this verb cannot do without."""
+    if not flag.value:
+        raise app.UsageError(f"`launch.py {verb}` needs --{flag.name}=...")
+    return flag.value
+
+
+def make_task(config, method: str | None = None):
+    """The Task that `config.task` names; refuses one that cannot do what is asked."""
+    if config.task not in TASKS:
+        raise app.UsageError(f"config.task={config.task!r} is unknown; known: {', '.join(TASKS)}")
+    module, name = TASKS[config.task]
+    kind = getattr(importlib.import_module(module), name)
+    if method and not callable(getattr(kind, method, None)):
+        raise app.UsageError(f"config.task={config.task!r} cannot {method.replace('_', ' ')}")
+    return kind(config)
+
+
+def find_config(verb: str):
+    """--config where given, else what the workdir was made with, as a nested locked ConfigDict."""
+    if CONFIG.present:
+        return need(CONFIG, verb)
+    from common_jax.workdir import read_config
+
+    config = ConfigDict(read_config(need(WORKDIR, verb)))
+    # The devices of this machine, not of the one that trained: a score depends on neither.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config.lock()
+
+
+def train() -> int:
+    """Train in WORKDIR; the same command goes on after an interruption.
+
+    Ends with scores in WORKDIR/results.json. Status 75: saved and stopped by SIGTERM.
+    """
+    from common_jax.train_loop import Pipeline
+    from common_jax.train_loop import train as run
+    from data.pipeline import eval_batches, train_batches
+
+    config = need(CONFIG, "train")
+    return run(
+        make_task(config), config, need(WORKDIR, "train"), Pipeline(train_batches, eval_batches)
+    )
+
+
+def evaluate() -> int:
+    """Score the best checkpoint of WORKDIR, also while it is still training: WORKDIR/eval.json.
+
+    --sweep=timesteps,taps: instead, a linear probe on the features of each timestep and tap alone
+    (or of each timestep, or of each tap): sweep.md, sweep.json, sweep.png. With --config the
+    WORKDIR of a sweep may be new. Without --config the one in WORKDIR is used.
+    """
+    workdir, config = need(WORKDIR, "eval"), find_config("eval")
+    if SWEEP.value:
+        return make_task(config, "sweep").sweep(workdir, SWEEP.value)
+    from common_jax.evaluate import evaluate_workdir
+    from data.pipeline import eval_batches
+
+    return evaluate_workdir(make_task(config), workdir, eval_batches)
+
+
+def extract() -> int:
+    """Write the features of pictures, a file each (npz) or packed (array_record), and a manifest.
+
+    Needs no labels and no head; the same command goes on after an interruption. Settings:
+    model.weights (none: a small random network), model.save_timesteps or model.timesteps,
+    model.layers (which taps), model.pool=none|mean|mean_std, data.side (pixels),
+    data.cache_dtype, data.on_corrupt=refuse|skip.
+    """
+    task = make_task(need(CONFIG, "extract"), "extract")
+    return task.extract(need(IMAGES, "extract"), need(OUT, "extract"), FORMAT.value)
+
+
+def predict() -> int:
+    """Run the trained head of WORKDIR on pictures; OUT is WORKDIR/predictions by default.
+
+    Prints a table and writes predictions.jsonl; a segmentation head also writes masks/ (class
+    numbers) and overlays/. Without --config the one in WORKDIR is used.
+    """
+    workdir, config = need(WORKDIR, "predict"), find_config("predict")
+    task = make_task(config, "predict_images")
+    return task.predict_images(workdir, need(IMAGES, "predict"), OUT.value)
+
+
+def convert() -> int:
+    """Rewrite a pipeline folder: public (safetensors, present names) or flax-diffusers."""
+    from satdifuser_jax.convert import convert_pipeline
+
+    weights, out = need(WEIGHTS, "convert"), need(OUT, "convert")
+    print(convert_pipeline(weights, out, TO.value, RESOLUTION.value))
+    return 0
+
+
+def verify() -> int:
+    """Check a pipeline folder: counts, dtypes, scheduler, one picture through every part.
+
+    Where torch and diffusers are installed, each part is compared with theirs. --images: the
+    picture, instead of a built-in pattern. Status 1 when the folder cannot be used.
+    """
+    from data.images import decode
+    from satdifuser_jax.verify import verify as check
+
+    def ask_torch(stage, parts, inputs):
+        from benchmarks.torch_peer import run_stage
+
+        return run_stage(stage, parts, inputs)
+
+    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+    result = check(
+        need(WEIGHTS, "verify"),
+        resolution=RESOLUTION.value,
+        image=decode(IMAGES.value) if IMAGES.value else None,
+        peer=ask_torch if has_torch else None,
+    )
+    print(result)
+    return 0 if result.ok else 1
+
+
+def plan() -> int:
+    """List parts, parameters and memory of a run; no weights and no pictures are read."""
+    from common_jax.plan import plan_table
+
+    print(plan_table(make_task(need(CONFIG, "plan")).plan()))
+    return 0
+
+
+def show_config() -> int:
+    """Print every setting of a config, or of WORKDIR."""
+    print(find_config("show_config"))
+    return 0
+
+
+VERBS = {
+    "train": train,
+    "eval": evaluate,
+    "extract": extract,
+    "predict": predict,
+    "convert": convert,
+    "verify": verify,
+    "plan": plan,
+    "show_config": show_config,
+}
+USED_FLAGS = {
+    "train": ("config", "workdir"),
+    "eval": ("workdir", "config", "sweep"),
+    "extract": ("config", "images", "out", "format"),
+    "predict": ("workdir", "config", "images", "out"),
+    "convert": ("weights", "out", "to", "resolution"),
+    "verify": ("weights", "resolution", "images"),
+    "plan": ("config",),
+    "show_config": ("config", "workdir"),
+}
+ALL_FLAGS = tuple(dict.fromkeys(name for used in USED_FLAGS.values() for name in used))
+
+
+def describe(argv: list[str]) -> str:
+    """The help text: of one verb where argv names one, else of all."""
+    verb = next((word for word in argv[1:] if word in VERBS), None)
+    function = VERBS.get(verb, sys.modules[__name__])
+    used = USED_FLAGS.get(verb, ALL_FLAGS)
+    lines = [f"python launch.py {verb or 'VERB'} [flags]", "", inspect.getdoc(function), ""]
+    lines += [f"  --{name:<12}{flags.FLAGS[name].help}" for name in used]
+    if "config" in used:
+        lines += ["", "Every setting: python launch.py show_config --config=configs/NAME.py"]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Words of the command line after the flags; help and mistakes end the program here."""
+    if {"--help", "-h", "-help", "--helpshort", "help"} & set(argv[1:]):
+        print(describe(argv))
+        sys.exit(0)
+    try:
+        words = flags.FLAGS(argv)
+        check_config_file()
+        return words
+    except (AttributeError, KeyError) as error:
+        told = name_setting(argv, str(error))
+    except (flags.Error, ValueError, TypeError, OSError) as error:
+        told = str(error).strip().splitlines()[-1].strip()  # before it, a traceback of the config
+    print(f"launch.py: {told}\n(python launch.py --help says more)", file=sys.stderr)
+    sys.exit(2)
+
+
+def name_setting(argv: list[str], text: str) -> str:
+    """The --config.a.b=... of argv that the config has not; its own error says `b` alone."""
+    name = next(iter(re.findall(r"\w+", text)), "")
+    hint = re.search(r'Did you mean "(\w+)"', text)
+    keys = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
+    wrong = next((key for key in keys if name in key.split(".")), name)
+    return f"{wrong}: the config has no such setting" + (f"; {hint[1]}?" if hint else "")
+
+
+def check_config_file() -> None:
+    name = flags.FLAGS["config"].config_filename if CONFIG.present else None
+    if name and not Path(name.partition(":")[0]).is_file():
+        known = ", ".join(sorted(str(path) for path in Path("configs").glob("[a-z]*_*.py")))
+        raise ValueError(f"--config={name}: there is no such file; known: {known}")
+
+
+def choose(words: list[str]):
+    """The function of the verb; raises UsageError on words and flags that do not belong."""
+    verb, *rest = words[1:] or [""]
+    if verb not in VERBS or rest:
+        wrong = f"unknown words: {' '.join(rest)}" if rest else f"no verb {verb!r}"
+        raise app.UsageError(f"{wrong}; the first word must be one of: {', '.join(VERBS)}")
+    used = USED_FLAGS[verb]
+    extra = [name for name in ALL_FLAGS if flags.FLAGS[name].present and name not in used]
+    if extra:
+        takes = ", ".join(f"--{name}" for name in used)
+        raise app.UsageError(f"`launch.py {verb}` does not take --{extra[0]}; it takes {takes}")
+    return VERBS[verb]
+
+
+def main(words: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    warnings.formatwarning = lambda message, kind, *_: f"{kind.__name__}: {message}\n"
+    try:
+        return choose(words)()
+    except app.UsageError as error:
+        print(f"launch.py: {error}\n(python launch.py --help says more)", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RuntimeError, FloatingPointError, KeyError) as error:
+        if os.environ.get("EO_TRACEBACK"):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print("(set EO_TRACEBACK=1 for the full traceback)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

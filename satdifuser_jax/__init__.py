@@ -1,0 +1,1 @@
+"""SatDiFuser: a frozen diffusion model as a discriminative backbone for Earth observation."""

@@ -1,0 +1,167 @@
+"""Examples of a probe: pixels as they are, or what a cache keeps of them (latents, taps)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common_jax.sharding import make_mesh, put_batch, replicated
+from satdifuser_jax.backbone import fingerprint
+from satdifuser_jax.cache import Cache, Subset, build_cache, open_cache, wait_for_cache
+from satdifuser_jax.cache_spec import CacheError, CacheSpec, Field
+from satdifuser_jax.extract import Backbone, extract_features, features_at
+from satdifuser_jax.extract_config import ExtractConfig
+from satdifuser_jax.features import describe, make_encoder
+from satdifuser_jax.preprocess import to_pixels
+
+CACHES = ("none", "latents", "taps")
+# Cached type of a label by its dimensions: class, multi-hot vector, map of classes.
+LABEL_TYPES = {0: "int32", 1: "float32", 2: "int16"}
+
+
+class ToProbeInput:
+    """(example, rng) -> pixels [S,S,3] in [-1,1], label, metadata where asked for, mask."""
+
+    def __init__(self, side: int, with_metadata: bool):
+        self.side, self.with_metadata = side, with_metadata
+
+    def __call__(self, example, rng):
+        out = {k: example[k] for k in ("mask", "label") if k in example}
+        out["pixels"] = to_pixels(example["image"], self.side)
+        if self.with_metadata:
+            if example.get("metadata") is None:
+                raise ValueError(
+                    f"metadata=record, but {example.get('id', 'an image')} carries none; use "
+                    "--config.model.metadata=zeros or none"
+                )
+            out["metadata"] = np.asarray(example["metadata"], np.float32)
+        return out
+
+
+class CachedExamples:
+    """Rows of caches as examples; other attributes are those of the source they were made from."""
+
+    def __init__(self, source, caches: list[Cache], rows: np.ndarray | None = None):
+        self.source, self.caches, self.rows = source, caches, rows
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "source":  # pickle looks before __init__ ran
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __getitem__(self, i: int) -> dict:
+        row = int(i if self.rows is None else self.rows[i])
+        arrays = {}
+        for cache in self.caches:
+            for field, value in zip(cache.spec.fields, cache[row]):
+                # numpy cannot stack bfloat16 for grain: its bits travel as uint16.
+                is_bfloat16 = field.dtype == "bfloat16"
+                arrays[field.name] = value.view(np.uint16) if is_bfloat16 else np.asarray(value)
+        return arrays
+
+
+class FeatureMaker:
+    """Turns batches into features with one frozen backbone, and keeps caches of them."""
+
+    def __init__(self, backbone: Backbone, config: ExtractConfig, mesh, cache: dict):
+        """cache: {"kind", "dir", "dtype"}."""
+        if cache["kind"] not in CACHES:
+            raise ValueError(f"data.cache={cache['kind']!r} is unknown; use one of {CACHES}")
+        self.model = fingerprint(backbone)
+        self.backbone = jax.device_put(backbone, replicated(mesh))
+        self.config, self.mesh, self.cache = config, mesh, cache
+
+    def features(self, batch):
+        """Batch with pixels, latents or cached taps -> tuple over scales of [B,T,H,W,C]."""
+        metadata = batch.get("metadata")
+        if "latents" in batch:
+            return features_at(self.backbone, batch["latents"], self.config, metadata)
+        if "scale_0" in batch:
+            return tuple(_as_float(batch[f"scale_{i}"]) for i in range(len(self.config.scales)))
+        index = batch["index"]
+        return extract_features(
+            self.backbone, batch["pixels"], self.config, index=index, metadata=metadata
+        )
+
+    def cached(self, source, side: int, batches, batch_size: int):
+        """The source itself, or its caches, built first where they are missing.
+
+        batches: data.pipeline.eval_batches. Every process writes its own shards. A subset (few
+        labels) reads the cache of the whole set where there is one. Tasks on the same pictures
+        share one cache of features; labels are kept apart.
+        """
+        if self.cache["kind"] == "none":
+            return source
+        whole = getattr(source, "source", None)
+        if whole is not None and hasattr(source, "indices"):
+            try:
+                specs = self._specs(whole, side)
+                caches = [open_cache(self.cache["dir"], spec) for spec in specs]
+                return CachedExamples(source, caches, source.indices)
+            except CacheError:
+                pass
+        specs = self._specs(source, side)
+        # Every process fills its own shards at its own pace: nothing global may be computed here.
+        local = make_mesh(devices=jax.local_devices())
+        backbone = jax.device_put(jax.tree.map(np.asarray, self.backbone), replicated(local))
+
+        def put(batch):
+            return put_batch({k: v for k, v in batch.items() if k != "label"}, local)
+
+        encode = make_encoder(backbone, self.config, specs[0], put)
+        extra = [field.name for field in specs[0].fields if field.name == "metadata"]
+
+        def encode_features(batch):
+            return [*encode(batch), *(batch[name] for name in extra)]
+
+        transform = ToProbeInput(side, bool(extra))
+        jobs = [(specs[0], encode_features, transform), (specs[1], _take_label, _keep_label)]
+        caches = []
+        for spec, encode_batch, prepare in jobs:
+
+            def load(wanted, prepare=prepare):
+                return batches(Subset(source, wanted), (prepare,), batch_size=batch_size)
+
+            hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
+            build_cache(self.cache["dir"], load, encode_batch, spec, **hosts)
+            opened = wait_for_cache if hosts["num_hosts"] > 1 else open_cache
+            caches.append(opened(self.cache["dir"], spec))
+        return CachedExamples(source, caches)
+
+    def _specs(self, source, side: int) -> tuple[CacheSpec, CacheSpec]:
+        """Of features (with the metadata they were made with) and of labels."""
+        spec = describe(
+            self.cache["kind"],
+            self.backbone,
+            self.config,
+            model=self.model,
+            source=source.fingerprint,
+            rows=len(source),
+            side=side,
+            dtype=self.cache["dtype"],
+        )
+        if self.config.metadata == "record":
+            field = Field("metadata", (self.backbone.unet.config.num_metadata,))
+            spec = dataclasses.replace(spec, fields=(*spec.fields, field))
+        label = np.asarray(source[0]["label"])
+        field = Field("label", label.shape, LABEL_TYPES[label.ndim])
+        identity = {"source": source.fingerprint, "task": source.task}
+        return spec, CacheSpec("labels", len(source), (field,), identity)
+
+
+def _keep_label(example, rng):
+    return {k: example[k] for k in ("mask", "label") if k in example}
+
+
+def _take_label(batch):
+    return [batch["label"]]
+
+
+def _as_float(x):
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -1,0 +1,74 @@
+"""What a finished probe leaves to look at: figures in the workdir, from the first test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from satdifuser_jax import figures
+from satdifuser_jax.preprocess import resize, to_unit
+
+SHOWN = 8
+
+
+def write_report(task, params, state, workdir: str) -> list[Path]:
+    """Draw confusion counts, fusion weights and predictions of a ProbeTask; returns the files."""
+    folder = Path(workdir) / "figures"
+    folder.mkdir(exist_ok=True)
+    scales, times, spec = task.spec.scales, task.times, task.spec
+    written = []
+    if "test" in task.counts and spec.task != "multi_label_classification":
+        classes = task.sources["test"].classes
+        written.append(
+            figures.save_confusion(task.counts["test"], classes, folder / "confusion.png")
+        )
+    batch, images = first_examples(task, SHOWN)
+    phase = "dense" if spec.fuser == "moe" else None
+    (logits, aux), _ = jax.jit(task.apply, static_argnums=3)(
+        params, state, task.encode(batch), phase
+    )
+    aux = jax.tree.map(np.asarray, aux)
+    if "mixing" in aux:
+        written.append(
+            figures.save_mixing(aux["mixing"], scales, times, folder / "mixing_weights.png")
+        )
+    if "gates" in aux:
+        written.append(
+            figures.save_gate_maps(images, aux["gates"], scales, times, folder / "gates.png")
+        )
+    if "use" in aux:
+        path = folder / "expert_use.png"
+        written.append(figures.save_expert_use(aux["use"], path, scales=scales, times=times))
+    if spec.segments:
+        labels = np.asarray(batch["label"]).astype(int)
+        predictions = np.asarray(logits).argmax(-1)
+        pictures = np.stack([fit_picture(image, labels.shape[1]) for image in images])
+        classes = task.sources["test"].classes
+        written.append(
+            figures.save_overlays(
+                pictures,
+                labels,
+                predictions,
+                classes,
+                folder / "predictions.png",
+                ignore_index=spec.ignore_index,
+            )
+        )
+    return written
+
+
+def first_examples(task, count: int, split: str = "test"):
+    """(batch as the loop would make it, pictures uint8 [n,S,S,3]) of the first examples."""
+    cached, source = task.cached[split], task.sources[split]
+    batch = next(iter(task.batches(cached, task.transforms(split))))
+    count = min(count, int(np.asarray(batch["mask"]).sum()))
+    batch = {k: v[:count] for k, v in batch.items() if v.dtype.kind in "biufV"}
+    images = [fit_picture(source[i]["image"], task.side) for i in range(count)]
+    return batch, np.stack(images)
+
+
+def fit_picture(image, side: int) -> np.ndarray:
+    """uint8 [side, side, 3] for a figure."""
+    return np.rint(255 * np.clip(resize(to_unit(image), side, side), 0, 1)).astype(np.uint8)

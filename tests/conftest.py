@@ -1,0 +1,62 @@
+"""Fixtures every test may use. Golden vectors and real images come from the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Workers of pytest-xdist and subprocesses of tests compile the same small programs: share them.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+from absl import flags
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+
+GOLDEN_DIR = os.environ.get("GOLDEN_DIR")
+OWN_GOLDEN = Path(__file__).parent / "golden"  # made by make_golden.py
+EO_DATA_DIR = os.environ.get("EO_DATA_DIR")
+
+
+def golden_cases(pattern: str) -> list:
+    """Parameters for every golden folder that matches: of GOLDEN_DIR, else of tests/golden.
+
+    One skipped parameter when the project has no set of its own for the pattern.
+    """
+    folders = sorted(Path(GOLDEN_DIR or OWN_GOLDEN).glob(pattern))
+    if not folders and GOLDEN_DIR:
+        raise FileNotFoundError(f"GOLDEN_DIR={GOLDEN_DIR} has no folder matching {pattern}")
+    if not folders:
+        skip = pytest.mark.skip(reason="GOLDEN_DIR is not set: golden vectors not checked")
+        return [pytest.param(None, marks=skip, id="GOLDEN_DIR-unset")]
+    return [pytest.param(folder, id=folder.name) for folder in folders]
+
+
+def read_golden(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(meta, arrays) of one golden folder; arrays are NCHW float32 as torch wrote them."""
+    meta = json.loads((folder / "meta.json").read_text())
+    with np.load(folder / "reference.npz", allow_pickle=False) as arrays:
+        return meta, {name: arrays[name] for name in arrays.files}
+
+
+def rel_error(a, b) -> float:
+    """max|a - b| / max|b|, the parity measure used everywhere."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
+    return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30))
+
+
+@pytest.fixture(scope="session")
+def eo_data() -> Path:
+    """Folder of real images, from EO_DATA_DIR."""
+    if not EO_DATA_DIR:
+        pytest.skip("EO_DATA_DIR is not set: real images not checked")
+    return Path(EO_DATA_DIR)

@@ -1,0 +1,114 @@
+"""Attention: every implementation gives the same numbers as the formula, and the same gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import rel_error
+
+from common_jax import attention
+from common_jax.attention import attend
+
+BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 12, 10, 3, 8
+
+
+def inputs(queries=QUERIES, keys=KEYS, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, n, HEADS, WIDTH) for n in (queries, keys, keys)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def reference(q, k, v, lengths=None, causal=False):
+    """float64, one score at a time in mind: no fused anything."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+    hidden = np.zeros(scores.shape, bool)
+    if lengths is not None:
+        hidden |= np.arange(k.shape[1])[None, None, None] >= lengths[:, None, None, None]
+    if causal:
+        hidden |= np.triu(np.ones(scores.shape[2:], bool), 1)
+    scores[hidden] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
+@pytest.mark.parametrize("masking", ["none", "lengths", "causal", "both"])
+def test_attention_equals_the_formula(implementation, masking):
+    causal = masking in ("causal", "both")
+    q, k, v = inputs(KEYS if causal else QUERIES)
+    lengths = np.array([4, KEYS]) if masking in ("lengths", "both") else None
+    out = attend(q, k, v, lengths=lengths, causal=causal, implementation=implementation)
+    assert rel_error(out, reference(q, k, v, lengths, causal)) < 2e-6
+
+
+def test_attention_equals_torch():
+    q, k, v = inputs()
+    tensors = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
+    for implementation in ("xla", "chunked"):
+        assert rel_error(attend(q, k, v, implementation=implementation), expected) < 2e-6
+
+
+def test_chunked_gradients_equal_those_of_xla():
+    q, k, v = inputs()
+
+    def gradients(implementation):
+        def loss(*qkv):
+            return jnp.sum(jnp.sin(attend(*qkv, implementation=implementation)))
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for ours, theirs in zip(gradients("chunked"), gradients("xla")):
+        assert rel_error(ours, theirs) < 2e-6
+
+
+def test_a_key_beyond_its_length_changes_nothing():
+    q, k, v = inputs()
+    lengths = np.array([4, 7])
+    changed = v.copy()
+    changed[0, 4:] = changed[1, 7:] = 1e3
+    for implementation in ("xla", "chunked"):
+        before = attend(q, k, v, lengths=lengths, implementation=implementation)
+        after = attend(q, k, changed, lengths=lengths, implementation=implementation)
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_cpu_loops_over_heads_only_where_sequences_are_long():
+    def loops(tokens):
+        q = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32)
+        return "scan[" in str(jax.make_jaxpr(attend)(q, q, q))
+
+    assert loops(256) and not loops(16)
+
+
+def test_low_precision_inputs_keep_their_dtype():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
+    for implementation in ("xla", "chunked"):
+        out = attend(q, k, v, implementation=implementation)
+        assert out.dtype == jnp.bfloat16
+        assert rel_error(out.astype(jnp.float32), reference(q, k, v)) < 2e-2
+
+
+def test_a_kernel_that_cannot_take_the_inputs_gives_way_and_says_so_once():
+    attention._warned.clear()
+    q, k, v = inputs()
+    with pytest.warns(UserWarning, match="cudnn cannot take .*using xla"):
+        out = attend(q, k, v, implementation="cudnn")
+    np.testing.assert_array_equal(out, attend(q, k, v, implementation="xla"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(q, k, v, implementation="cudnn")
+
+
+def test_wrong_requests_are_refused():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="attention='flash' is unknown"):
+        attend(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="shapes disagree"):
+        attend(q, k[:, :-1], v)

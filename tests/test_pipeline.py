@@ -1,0 +1,149 @@
+"""The batch is a function of the step: hosts, restarts and workers change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.pipeline import eval_batches, train_batches
+
+
+class Numbers:
+    """N examples; picklable, so that worker processes can read it."""
+
+    name = "numbers"
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return {"image": np.full((2, 2, 3), i, np.uint8), "label": np.int32(i), "id": f"n{i}"}
+
+
+def jitter(example, rng):
+    return example | {"noise": rng.random(3, dtype=np.float32)}
+
+
+def take(steps, n=10, **options):
+    settings = {"batch_size": 8, "seed": 3} | options
+    batches = train_batches(Numbers(n), [jitter], **settings)
+    taken = [next(batches) for _ in range(steps)]
+    batches.close()
+    return taken
+
+
+def joined(parts):
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_every_number_of_hosts_gives_the_same_global_rows(hosts):
+    alone = take(5)
+    parts = [take(5, host=h, num_hosts=hosts) for h in range(hosts)]
+    for step, whole in enumerate(alone):
+        assert_equal(joined([part[step] for part in parts]), whole)
+
+
+def test_rows_of_a_step_have_consecutive_stream_indices():
+    for step, batch in enumerate(take(3)):
+        np.testing.assert_array_equal(batch["index"], np.arange(step * 8, step * 8 + 8))
+    second = take(2, host=1, num_hosts=2)[1]
+    np.testing.assert_array_equal(second["index"], [12, 13, 14, 15])
+
+
+def test_restart_at_a_step_continues_the_stream_with_its_augmentation():
+    whole = take(6)
+    resumed = take(3, step=3)
+    for a, b in zip(resumed, whole[3:]):
+        assert_equal(a, b)
+
+
+def test_restart_may_change_the_number_of_hosts():
+    whole = take(4)
+    parts = [take(1, step=3, host=h, num_hosts=4)[0] for h in range(4)]
+    assert_equal(joined(parts), whole[3])
+
+
+def test_each_epoch_sees_every_example_once_in_another_order():
+    labels = np.concatenate([batch["label"] for batch in take(5)])
+    epochs = labels.reshape(4, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert any((epochs[0] != epoch).any() for epoch in epochs[1:])
+
+
+def test_random_transforms_differ_between_epochs_and_seeds():
+    noise = np.concatenate([batch["noise"] for batch in take(5)])
+    assert len(np.unique(noise[:, 0])) == 40
+    assert (take(1, seed=4)[0]["noise"] != take(1)[0]["noise"]).any()
+
+
+def test_worker_processes_give_the_same_batches_as_threads():
+    for a, b in zip(take(4, workers=2), take(4)):
+        assert_equal(a, b)
+
+
+def test_worker_processes_honour_hosts_and_restart():
+    for a, b in zip(
+        take(2, workers=2, host=1, num_hosts=2, step=3), take(5, host=1, num_hosts=2)[3:]
+    ):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_evaluation_pads_whole_batches_and_counts_each_row_once(hosts):
+    per_host = [
+        list(eval_batches(Numbers(11), batch_size=8, host=h, num_hosts=hosts)) for h in range(hosts)
+    ]
+    assert {len(batches) for batches in per_host} == {2}
+    rows = joined([joined(batches) for batches in per_host])
+    assert len(rows["mask"]) == 16 and rows["mask"].sum() == 11
+    assert sorted(rows["label"][rows["mask"]]) == list(range(11))
+    assert (rows["label"][~rows["mask"]] == 10).all()
+    assert sorted(rows["id"][rows["mask"]]) == sorted(f"n{i}" for i in range(11))
+
+
+def test_training_batches_hold_numbers_only():
+    assert set(take(1)[0]) == {"image", "label", "noise", "index"}
+
+
+def test_batch_not_divisible_by_hosts_is_refused():
+    with pytest.raises(ValueError, match="not divisible by 3 hosts"):
+        train_batches(Numbers(9), batch_size=8, seed=0, num_hosts=3)
+
+
+def test_host_out_of_range_and_empty_source_are_refused():
+    with pytest.raises(ValueError, match="host=2"):
+        eval_batches(Numbers(9), batch_size=8, host=2, num_hosts=2)
+    with pytest.raises(ValueError, match="empty"):
+        train_batches(Numbers(0), batch_size=8, seed=0)
+    assert list(eval_batches(Numbers(0), batch_size=8)) == []
+
+
+class Ragged(Numbers):
+    def __getitem__(self, i):
+        return {"image": np.zeros((i + 1, 2, 3), np.uint8), "id": f"n{i}"}
+
+
+def test_examples_of_unequal_shape_are_named():
+    with pytest.raises(ValueError, match="'image' has shapes"):
+        next(iter(eval_batches(Ragged(4), batch_size=2)))
+
+
+class Clashing(Numbers):
+    def __getitem__(self, i):
+        return {"mask": np.zeros((2, 2), np.int32)}
+
+
+def test_a_source_may_not_use_the_key_that_marks_real_rows():
+    with pytest.raises(ValueError, match="'mask'"):
+        next(iter(eval_batches(Clashing(4), batch_size=2)))

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train_loop import PIPELINE, losses
+
+from common_jax.train_loop import train
+from configs import satdifuser_probe
+from configs.satdifuser_pretrain import get_config
+from satdifuser_jax.backbone import load_backbone
+from satdifuser_jax.pretrain import PretrainTask
+from satdifuser_jax.probe import ProbeTask
+
+
+def tiny(**changes):
+    config = get_config("tiny")
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Workdir of one tiny pretraining."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    config = tiny(**{"optim.steps": 8, "optim.lr": 1e-3, "eval.every": 4})
+    assert train(PretrainTask(config), config, str(folder), PIPELINE) == 0
+    return folder
+
+
+def test_pretraining_lowers_the_validation_loss_and_draws_samples(pretrained):
+    lines = [json.loads(x) for x in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    found = [x["eval/val/mse"] for x in lines if "eval/val/mse" in x]
+    assert found[-1] < found[0]
+    assert len(losses(pretrained)) == 8
+    assert len(list((pretrained / "samples").iterdir())) == 2
+
+
+def test_the_export_of_a_pretraining_is_a_backbone_for_a_probe(pretrained, tmp_path):
+    backbone = load_backbone(
+        pretrained / "export", resolution=None, prompt="A satellite image", prompt_cache=tmp_path
+    )
+    assert backbone.codec.patch == 4 and backbone.context.shape == (1, 1, 16)
+    config = satdifuser_probe.get_config("tiny")
+    with config.unlocked():
+        config.model.weights = str(pretrained / "export")
+        config.data.side, config.data.cache_dir = 32, str(tmp_path / "cache")
+    assert train(ProbeTask(config), config, str(tmp_path / "probe"), PIPELINE) == 0
+
+
+def batch_of(task, count=4):
+    rng = np.random.default_rng(0)
+    side = task.config.data.side
+    return task.encode(
+        {
+            "pixels": jnp.asarray(rng.uniform(-1, 1, (count, side, side, 3)), jnp.float32),
+            "metadata": jnp.asarray(rng.uniform(100, 900, (count, 7)), jnp.float32),
+            "index": jnp.arange(count),
+        }
+    )
+
+
+class Shrinks:
+    """A network that costs nothing: its answer is a share of what it sees."""
+
+    def apply(self, variables, x, t, context, metadata):
+        return x * (0.5 + t[:, None, None, None] / 4000), {}
+
+
+def test_the_loss_of_a_row_depends_on_its_index_not_on_its_batch():
+    task = PretrainTask(tiny())
+    task.unet = Shrinks()
+    batch, key = batch_of(task), jax.random.key(0)
+    whole, weight, _, _ = task.loss({}, {}, batch, key, None)
+    halves = [
+        task.loss({}, {}, jax.tree.map(lambda x, s=s: x[s], batch), key, None)[0]
+        for s in (slice(0, 2), slice(2, 4))
+    ]
+    np.testing.assert_allclose(float(whole), float(sum(halves)), rtol=1e-5)
+    assert float(weight) == 4
+
+
+def test_the_loss_equals_the_formula_of_min_snr_on_a_network_that_answers_zero():
+    """At the zero output layer of the start the error is the target itself."""
+    task = PretrainTask(tiny(**{"model.min_snr_mode": "published"}))
+    params, _ = task.init(0)
+    batch, key = batch_of(task), jax.random.key(3)
+    loss, _, _, metrics = task.loss(params, {}, batch, key, None)
+    expected = plain = 0.0
+    for i in range(4):
+        parts = jax.random.split(jax.random.fold_in(key, i), 3)
+        t = int(jax.random.randint(parts[0], (), 0, 1000))
+        noise = np.asarray(jax.random.normal(parts[1], batch["latents"].shape[1:]))
+        alpha = float(task.schedule.alphas_cumprod[t])
+        target = np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * np.asarray(batch["latents"][i])
+        snr = alpha / (1 - alpha)
+        plain += np.mean(target**2) / 4
+        expected += min(snr, 5.0) / snr * np.mean(target**2)
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(metrics["mse"]), plain, rtol=1e-5)
+
+
+def test_dropped_metadata_is_the_number_zero():
+    always, never = (PretrainTask(tiny(**{"model.metadata_dropout": p})) for p in (1.0, 0.0))
+    params, _ = always.init(0)
+    params["conv_out"]["kernel"] = np.full_like(params["conv_out"]["kernel"], 0.01)
+    batch, key = batch_of(always), jax.random.key(0)
+    zeros = batch | {"metadata": jnp.zeros((4, 7))}
+    dropped = float(always.loss(params, {}, batch, key, None)[0])
+    assert dropped == float(never.loss(params, {}, zeros, key, None)[0])
+    assert dropped != float(never.loss(params, {}, batch, key, None)[0])

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_train_loop import PIPELINE, losses
+
+from common_jax.train_loop import train
+from configs.satdifuser_probe import get_config
+from satdifuser_jax.probe import ProbeTask
+
+
+def probe(workdir, arg="tiny", **changes):
+    config = get_config(arg)
+    with config.unlocked():
+        config.update_from_flattened_dict({"data.cache_dir": str(workdir.parent / "cache")})
+        config.update_from_flattened_dict(changes)
+    assert train(ProbeTask(config), config, str(workdir), PIPELINE) == 0
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
+    settings = {"data.cache_dtype": "float32", "optim.lr": 1e-3}
+    runs = {
+        kind: (probe(tmp_path / kind, **{"data.cache": kind, **settings}), losses(tmp_path / kind))
+        for kind in ("none", "latents", "taps")
+    }
+    for kind in ("latents", "taps"):
+        np.testing.assert_allclose(
+            list(runs[kind][1].values()), list(runs["none"][1].values()), rtol=1e-4
+        )
+        assert runs[kind][0]["eval/test/accuracy"] == runs["none"][0]["eval/test/accuracy"]
+    assert {p.name for p in (tmp_path / "taps" / "figures").iterdir()} == {
+        "confusion.png",
+        "mixing_weights.png",
+    }
+
+
+def test_experts_warm_up_then_choose_and_the_run_draws_their_use(tmp_path, capfd):
+    probe(tmp_path / "moe", "tiny,fuser=moe", **{"model.warmup_length": 2, "model.top_k": 1})
+    err = capfd.readouterr().err
+    assert "training step (dense)" in err and "training step (sparse)" in err
+    assert (tmp_path / "moe" / "figures" / "expert_use.png").exists()
+
+
+def test_segmentation_scores_maps_and_draws_overlays(tmp_path):
+    results = probe(tmp_path / "seg", "tiny,dataset=scenes_seg,fuser=lw")
+    assert 0 <= results["eval/test/miou"] <= results["eval/test/miou_present"] <= 1
+    names = {p.name for p in (tmp_path / "seg" / "figures").iterdir()}
+    assert {"predictions.png", "gates.png", "confusion.png"} <= names
+
+
+def test_a_linear_probe_learns_the_scenes_better_than_chance(tmp_path):
+    changes = {
+        "data.size": 160,
+        "data.eval_size": 80,
+        "batch_size": 32,
+        "optim.steps": 60,
+        "optim.lr": 3e-3,
+        "eval.every": 60,
+    }
+    results = probe(tmp_path / "linear", "tiny,fuser=linear", **changes)
+    assert results["eval/test/accuracy"] > 2.5 / 8
+
+
+def test_few_labels_use_the_cache_of_all_pictures(tmp_path, capfd):
+    probe(tmp_path / "all")
+    capfd.readouterr()
+    probe(tmp_path / "few", **{"data.label_fraction": 0.5, "optim.steps": 1, "eval.every": 1})
+    assert "taps cache:" not in capfd.readouterr().err
+
+
+def test_augmentation_refuses_a_cache(tmp_path):
+    with pytest.raises(ValueError, match="augment=published changes the pixels of every epoch"):
+        probe(tmp_path / "x", **{"data.augment": "published"})
+
+
+def test_metadata_of_the_record_changes_the_features(tmp_path):
+    plain = probe(tmp_path / "none", **{"optim.steps": 1, "eval.every": 1})
+    probe(tmp_path / "record", **{"model.metadata": "record", "optim.steps": 1, "eval.every": 1})
+    assert plain["step"] == 1
+    assert losses(tmp_path / "none") != losses(tmp_path / "record")
