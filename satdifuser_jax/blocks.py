@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from common_jax.attention import attend
+from common_jax.layers import LayerNorm, Linear, declare
 
 Taps = dict[str, jax.Array]
-declare = nn.initializers.zeros  # shape only: see the module docstring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +73,6 @@ def _convolve_by_matmul(x, kernel, stride, padding) -> jax.Array:
     return jnp.dot(jnp.concatenate(neighbours, axis=-1), kernel.reshape(-1, features))
 
 
-class Linear(nn.Module):
-    """y = x @ kernel [C,F] + bias [F], on the last axis."""
-
-    features: int
-    use_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", declare, (x.shape[-1], self.features))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            y = y + self.param("bias", declare, (self.features,)).astype(self.dtype)
-        return y
-
-
 class Conv(nn.Module):
     """Square convolution with bias, [B,H,W,C] -> [B,H',W',F]."""
 
@@ -131,21 +115,6 @@ class GroupNorm(nn.Module):
         batch, channels = per_channel.shape
         means = per_channel.reshape(batch, self.groups, -1).mean(-1)
         return jnp.repeat(means, channels // self.groups, axis=-1)
-
-
-class LayerNorm(nn.Module):
-    """Normalise the last axis in float32; keeps x's dtype."""
-
-    eps: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", declare, (x.shape[-1],))
-        bias = self.param("bias", declare, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        gain = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (centred * gain * scale + bias).astype(x.dtype)
 
 
 def sinusoid(values: jax.Array, width: int) -> jax.Array:

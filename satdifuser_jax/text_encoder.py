@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from common_jax.attention import attend
 from common_jax.init import host_init
-from satdifuser_jax.blocks import LayerNorm, Linear, declare
+from common_jax.layers import LayerNorm, Linear, declare
 from satdifuser_jax.published_config import to_json
 
 ACTIVATIONS = {

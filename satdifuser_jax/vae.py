@@ -16,11 +16,11 @@ from einops import rearrange
 
 from common_jax.attention import attend
 from common_jax.init import host_init
+from common_jax.layers import Linear
 from satdifuser_jax.blocks import (
     Conv,
     Downsample,
     GroupNorm,
-    Linear,
     Numerics,
     ResnetBlock,
     Upsample,

@@ -1,0 +1,57 @@
+"""Layers that every model is made of.
+
+Parameters are declared with their shapes only; values come from checkpoints or from
+`common_jax.init.host_init`. Kernels are [in, out]; a layer computes in its `dtype`, norms in
+float32.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+declare = nn.initializers.zeros  # shape only: see the module docstring
+
+
+class Linear(nn.Module):
+    """y = x @ kernel [C,F] + bias [F], on the last axis."""
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", declare, (x.shape[-1], self.features))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", declare, (self.features,)).astype(self.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis in float32; keeps x's dtype."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", declare, (x.shape[-1],))
+        bias = self.param("bias", declare, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        gain = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (centred * gain * scale + bias).astype(x.dtype)
+
+class RMSNorm(nn.Module):
+    """Divide the last axis by its root mean square, in float32; keeps x's dtype."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", declare, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        gain = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * gain).astype(x.dtype) * scale.astype(x.dtype)
