@@ -34,6 +34,10 @@ class Checkpoints:
                     max_to_keep=keep if name == "checkpoints" else 1,
                     enable_async_checkpointing=asynchronous,
                     cleanup_tmp_directories=True,
+                    # Hosts meet by name, and both folders may write the same step at once.
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        barrier_sync_key_prefix=name
+                    ),
                 ),
             )
             for name, folder in self.folders.items()
