@@ -29,14 +29,14 @@ from satdifuser_jax.pretrain import PretrainTask
 from satdifuser_jax.probe import ProbeTask
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of all runs.")
-STEPS = flags.DEFINE_integer("steps", 420, "Pretraining steps.")
+STEPS = flags.DEFINE_integer("steps", 280, "Pretraining steps.")
 PIPELINE = Pipeline(train_batches, eval_batches)
 
 SHOWS = """\
 What this shows: the whole path works, and features of a pretrained diffusion model can be compared
 with those of the same network untrained, through heads trained from one cache. What it does not
 show: how good SatDiFuser is. The scenes are drawn by a program, the network has 1 M parameters and
-saw them for two minutes, and this is one seed: differences of a few points mean nothing."""
+saw them for about a minute, and this is one seed: differences of a few points mean nothing."""
 
 
 def pretrain_config(steps: int):
@@ -66,8 +66,8 @@ def probe_config(dataset: str, fuser: str, weights: Path, untrained: bool, cache
         c.data.cache, c.data.cache_dir = "taps", str(cache)
         c.optim.name, c.optim.lr = "adamw", 1e-2 if fuser != "linear" else 3e-3
         c.optim.schedule, c.optim.warmup_epochs = "cosine", 1.0
-        c.optim.epochs, c.optim.weight_decay = 12.0, 1e-2
-        c.eval.every, c.eval.patience, c.log.every = 48, 0, 50
+        c.optim.epochs, c.optim.weight_decay = 8.0, 1e-2
+        c.eval.every, c.eval.patience, c.log.every = 64, 0, 50
         if fuser == "linear":
             c.optim.weight_decay = 0.1
     return c
