@@ -23,7 +23,7 @@ def inputs(queries=QUERIES, keys=KEYS, dtype=np.float32):
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def reference(q, k, v, lengths=None, causal=False):
+def reference(q, k, v, lengths=None, causal=False, turns=None):
     """float64, one score at a time in mind: no fused anything."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
@@ -32,6 +32,8 @@ def reference(q, k, v, lengths=None, causal=False):
         hidden |= np.arange(k.shape[1])[None, None, None] >= lengths[:, None, None, None]
     if causal:
         hidden |= np.triu(np.ones(scores.shape[2:], bool), 1)
+    if turns is not None:
+        hidden |= (turns[1][:, None] > turns[0][:, :, None])[:, None]
     scores[hidden] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
@@ -47,6 +49,22 @@ def test_attention_equals_the_formula(implementation, masking):
     assert rel_error(out, reference(q, k, v, lengths, causal)) < 2e-6
 
 
+TURNS = (
+    np.array([[0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 3, 3], [5, 5, 5, 5, 1, 1, 1, 1, 1, 2, 2, 5]]),
+    np.array([[0, 0, 0, 0, 1, 1, 1, 2, 2, 3], [5, 1, 1, 2, 2, 2, 5, 5, 9, 9]]),
+)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
+@pytest.mark.parametrize("lengths", [None, np.array([4, KEYS])], ids=["all", "lengths"])
+def test_a_query_sees_its_own_and_earlier_turns(implementation, lengths):
+    q, k, v = inputs()
+    out = attend(q, k, v, lengths=lengths, turns=TURNS, implementation=implementation)
+    expected = reference(q, k, v, lengths, turns=TURNS)
+    assert rel_error(out, expected) < 2e-6
+    assert rel_error(expected, reference(q, k, v, lengths)) > 0.1
+
+
 def test_attention_equals_torch():
     q, k, v = inputs()
     tensors = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
@@ -55,12 +73,14 @@ def test_attention_equals_torch():
         assert rel_error(attend(q, k, v, implementation=implementation), expected) < 2e-6
 
 
-def test_chunked_gradients_equal_those_of_xla():
+@pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
+def test_chunked_gradients_equal_those_of_xla(turns):
     q, k, v = inputs()
 
     def gradients(implementation):
         def loss(*qkv):
-            return jnp.sum(jnp.sin(attend(*qkv, implementation=implementation)))
+            out = attend(*qkv, turns=turns, implementation=implementation)
+            return jnp.sum(jnp.sin(out))
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
