@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from common_jax.sharding import paths
 
 
 def count_steps(optim, *, examples: int, batch_size: int) -> int:
@@ -19,7 +23,8 @@ def make_schedule(optim, *, examples: int, batch_size: int):
 
     `epoch_cosine` is the published SatDiFuser schedule: constant inside an epoch, linear warm-up
     from `warmup_lr` over `warmup_epochs`, then cosine from `lr` to `min_lr` at `epochs`.
-    `cosine` does the same per step; `constant` only warms up.
+    `cosine` does the same per step; `constant` only warms up. `warmup_share` > 0 is the length of
+    the warm-up as a part of all steps, rounded up, instead of `warmup_epochs`.
     Epoch of step k is k * batch_size // examples.
     """
     kinds = ("epoch_cosine", "cosine", "constant")
@@ -28,6 +33,9 @@ def make_schedule(optim, *, examples: int, batch_size: int):
     per_epoch = optim.schedule == "epoch_cosine"
     epochs = optim.steps * batch_size / examples if optim.steps else optim.epochs
     warmup = float(optim.warmup_epochs)
+    if optim.warmup_share:
+        steps = count_steps(optim, examples=examples, batch_size=batch_size)
+        warmup = math.ceil(optim.warmup_share * steps) * batch_size / examples
 
     def schedule(step):
         epoch = step * (batch_size / examples)
@@ -45,8 +53,11 @@ def make_schedule(optim, *, examples: int, batch_size: int):
     return schedule
 
 
-def make_optimizer(optim, schedule) -> optax.GradientTransformation:
-    """`adam` adds weight decay to the gradient (L2, the published recipe); `adamw` decouples it."""
+def make_optimizer(optim, schedule, factors: Sequence = ()) -> optax.GradientTransformation:
+    """`adam` adds weight decay to the gradient (L2, the published recipe); `adamw` decouples it.
+
+    factors: (regex on parameter paths, factor of the learning rate); the first match counts.
+    """
     adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
     parts = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
     if optim.name == "adam":
@@ -57,7 +68,21 @@ def make_optimizer(optim, schedule) -> optax.GradientTransformation:
         parts.append(optax.adamw(schedule, weight_decay=optim.weight_decay, **adam))
     else:
         raise ValueError(f"optim.name={optim.name!r} is unknown; use adam or adamw")
+    if factors:
+        parts.append(_scale_by_path(factors))
     return optax.chain(*parts)
+
+
+def _scale_by_path(factors: Sequence) -> optax.GradientTransformation:
+    def update(updates, params=None):
+        def factor(path: str) -> float:
+            return next((f for pattern, f in factors if re.search(pattern, path)), 1.0)
+
+        leaves, structure = jax.tree.flatten(updates)
+        scaled = [leaf * factor(path) for leaf, path in zip(leaves, paths(updates))]
+        return jax.tree.unflatten(structure, scaled)
+
+    return optax.stateless(update)
 
 
 def update_ema(ema, params, step, decay: float):

@@ -48,6 +48,9 @@ class Task:
     trainable: str = ".*"
     """Regex on parameter paths (`a/b/kernel`); the rest carries no gradient, no optimiser state."""
 
+    lr_factors: Sequence[tuple[str, float]] = ()
+    """(regex on parameter paths, factor of the learning rate); first match wins, else 1."""
+
     sharding_rules: Sequence[tuple[str, tuple]] = ()
     """(regex on parameter paths, PartitionSpec entries); first match wins, else replicated."""
 

@@ -74,7 +74,7 @@ class Run:
         sizes = {"examples": len(self.source), "batch_size": config.batch_size}
         self.total = count_steps(config.optim, **sizes)
         self.schedule = make_schedule(config.optim, **sizes)
-        self.tx = make_optimizer(config.optim, self.schedule)
+        self.tx = make_optimizer(config.optim, self.schedule, task.lr_factors)
         params, state = task.init(config.seed)
         params, self.frozen = split_tree(params, task.trainable)
         params = put_tree(params, tree_shardings(params, task.sharding_rules, self.mesh))

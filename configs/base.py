@@ -40,6 +40,7 @@ def base_config() -> ConfigDict:
     c.optim.warmup_lr = 2e-5
     c.optim.schedule = "epoch_cosine"  # epoch_cosine | cosine (per step) | constant
     c.optim.warmup_epochs = 5.0
+    c.optim.warmup_share = 0.0  # warm-up as a part of all steps, instead of warmup_epochs
     c.optim.epochs = 40.0  # length of the run, unless steps is given
     c.optim.steps = 0
     c.optim.weight_decay = 0.0

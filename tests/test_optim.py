@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from common_jax.optim import count_steps, make_optimizer, make_schedule, update_ema
 from configs.base import base_config
@@ -68,3 +69,35 @@ def test_unknown_names_are_refused_with_the_known_ones():
         make_optimizer(optim(name="sgd"), lambda step: 1.0)
     with pytest.raises(ValueError, match="epoch_cosine"):
         make_schedule(optim(schedule="linear"), examples=1, batch_size=1)
+
+
+def test_a_warm_up_by_share_and_a_cosine_to_zero_equal_the_common_schedule_per_step():
+    settings = optim(
+        schedule="cosine", warmup_share=0.03, warmup_lr=0.0, min_lr=0.0, lr=1e-3, epochs=1.0
+    )
+    examples, batch = 9_600, 96  # 100 steps, 3 of them warm up
+    schedule = make_schedule(settings, examples=examples, batch_size=batch)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    published = transformers.get_cosine_schedule_with_warmup(
+        torch.optim.SGD([weight], lr=1e-3), num_warmup_steps=3, num_training_steps=100
+    )
+    for step in range(100):
+        assert abs(float(schedule(step)) - published.get_last_lr()[0]) < 1e-9, step
+        published.optimizer.step()
+        published.step()
+    settings.steps = 101
+    rising = make_schedule(settings, examples=examples, batch_size=batch)
+    assert abs(float(rising(3)) - 0.75e-3) < 1e-9  # ceil(3.03) = 4 steps
+
+
+def test_factors_change_the_step_of_the_leaves_they_name_and_no_other():
+    params = {"tower": {"kernel": jnp.ones(2)}, "core": {"kernel": jnp.ones(2)}}
+    grads = jax.tree.map(lambda x: 0.3 * x, params)
+    steps = {}
+    for name, factors in {"one": (), "two": ((r"^tower/", 0.2),)}.items():
+        tx = make_optimizer(optim(name="adamw", weight_decay=0.1), lambda step: 0.01, factors)
+        steps[name], _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(
+        steps["two"]["tower"]["kernel"], 0.2 * steps["one"]["tower"]["kernel"], rtol=1e-6
+    )
+    np.testing.assert_array_equal(steps["two"]["core"]["kernel"], steps["one"]["core"]["kernel"])

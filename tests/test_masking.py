@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_cases, read_golden, rel_error
+
+from geodit_jax import llada
+from geodit_jax.config import TextConfig
+from geodit_jax.masking import (
+    IGNORED,
+    Masks,
+    complement,
+    draw_masks,
+    draw_times,
+    mask_targets,
+    masked_loss,
+)
+
+KEY = jax.random.key(7)
+
+
+# ---------------------------------------------------------------------------- published training
+def load_core(folder, config: TextConfig):
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+
+    def layer(i, path):
+        name = f"model.layers.{i}.{path.removesuffix('/kernel').removesuffix('/scale')}.weight"
+        value = tensors[name.replace("/", ".")]
+        return value.T if path.endswith("kernel") else value
+
+    shapes = llada.core_shapes(config)["layers"]
+    flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    names = ["/".join(key.key for key in path) for path, _ in flat]
+    stacks = [np.stack([layer(i, name) for i in range(config.layers)]) for name in names]
+    return {
+        "embed_tokens": {"embedding": tensors["model.embed_tokens.weight"]},
+        "layers": jax.tree.unflatten(structure, stacks),
+        "norm": {"scale": tensors["model.norm.weight"]},
+        "lm_head": {"kernel": tensors["lm_head.weight"].T},
+    }
+
+
+@functools.cache
+def read_case(folder):
+    import json
+
+    meta, golden = read_golden(folder)
+    published = json.loads((folder / "config.json").read_text())
+    config = TextConfig(
+        vocab_rows=published["vocab_size"],
+        width=published["hidden_size"],
+        layers=published["num_hidden_layers"],
+        heads=published["num_attention_heads"],
+        kv_heads=published["num_key_value_heads"],
+        mlp=published["intermediate_size"],
+        eps=published["rms_norm_eps"],
+        rope_theta=published["rope_theta"],
+    )
+    return meta, golden, config, load_core(folder, config)
+
+
+def loss_of_golden(core, golden, config, mask_id, turns=None):
+    labels = jnp.asarray(golden["loss/labels"])
+    masks = mask_targets(golden["loss/t"], golden["loss/u"], labels != IGNORED)
+    mask_row = core["embed_tokens"]["embedding"][mask_id]
+    x = jnp.where(masks.where[..., None], mask_row, golden["loss/embeds"])
+    positions = jnp.broadcast_to(jnp.arange(labels.shape[1]), labels.shape)
+    seen = llada.Seen(turns=None if turns is None else (turns, turns))
+    hidden, _ = llada.run(core, config, x, positions, seen=seen)
+    return masked_loss(core, hidden, labels, masks, rows=5).total / len(labels)
+
+
+@pytest.mark.parametrize("folder", golden_cases("llada_[mg]*"))
+def test_loss_and_gradients_equal_the_published_training(folder):
+    meta, golden, config, core = read_case(folder)
+    loss = functools.partial(
+        loss_of_golden, golden=golden, config=config, mask_id=meta["ids"]["mask"]
+    )
+    value, gradient = jax.jit(jax.value_and_grad(loss))(core)
+    assert rel_error(value, golden["loss/plain"]) < 2e-5
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    assert rel_error(norm, golden["loss/gradnorm"]) < 1e-4
+    first = gradient["layers"]["self_attn"]["q_proj"]["kernel"][0]
+    assert rel_error(first.T, golden["loss/grad_q0"]) < 1e-4
+
+
+@pytest.mark.parametrize("folder", golden_cases("llada_[mg]*"))
+def test_loss_under_the_turn_mask_equals_the_published_training(folder):
+    meta, golden, config, core = read_case(folder)
+    turns = jnp.asarray(golden["loss/conversation_ids"])
+    loss = jax.jit(loss_of_golden, static_argnums=(2, 3))
+    arrays = {k: v for k, v in golden.items() if k.startswith("loss/")}
+    value = loss(core, arrays, config, meta["ids"]["mask"], turns)
+    assert rel_error(value, golden["loss/conversation"]) < 2e-5
+
+
+# --------------------------------------------------------------------------------- forward process
+def targets_of(rows, length=400, every=2):
+    return jnp.broadcast_to(jnp.arange(length) % every == 0, (rows, length))
+
+
+def test_targets_are_masked_with_probability_p_and_nothing_else_is():
+    targets = targets_of(64)
+    masks = draw_masks(KEY, jnp.arange(64), targets)
+    assert not (masks.where & ~targets).any()
+    share = masks.where.sum(1) / targets.sum(1)
+    # 200 draws a row: three standard deviations of a share are at most 0.11.
+    assert float(jnp.abs(share - masks.p).max()) < 0.13
+    assert float(masks.p.min()) >= 1e-3 and float(masks.p.max()) <= 1.0
+    assert 0.35 < float(masks.p.mean()) < 0.65
+
+
+def test_the_masks_of_an_example_do_not_depend_on_its_batch():
+    targets = targets_of(8)
+    whole = draw_masks(KEY, jnp.arange(8), targets, group=4)
+    part = draw_masks(KEY, jnp.arange(3, 5), targets[3:5], group=4)
+    np.testing.assert_array_equal(whole.where[3:5], part.where)
+    np.testing.assert_array_equal(whole.p[3:5], part.p)
+
+
+def test_grouped_times_are_evenly_spread_and_change_between_groups():
+    times = np.asarray(draw_times(KEY, jnp.arange(4000), group=8)).reshape(-1, 8)
+    ordered = np.sort(times, axis=1)
+    np.testing.assert_allclose(np.diff(ordered, axis=1), 1 / 8, atol=1e-6)
+    assert np.unique(ordered[:, 0]).size == len(ordered)
+    assert times.min() >= 0 and times.max() < 1
+    # Each place in the group is uniform by itself.
+    np.testing.assert_allclose(times.mean(0), 0.5, atol=0.06)
+
+
+def test_at_least_one_target_is_masked_where_there_is_one():
+    targets = jnp.concatenate([targets_of(63, 40), jnp.zeros((1, 40), bool)])
+    index, t = jnp.arange(64), jnp.zeros(64)
+    few = draw_masks(KEY, index, targets, t=t)
+    some = draw_masks(KEY, index, targets, t=t, at_least_one=True)
+    assert not few.where.any(1).all()
+    np.testing.assert_array_equal(some.where.any(1), targets.any(1))
+    assert not (some.where & ~targets).any()
+    np.testing.assert_array_equal(some.where | few.where, some.where)
+
+
+def test_a_copy_and_its_complement_mask_every_target_once():
+    targets = targets_of(16)
+    masks = draw_masks(KEY, jnp.arange(16), targets)
+    other = complement(masks, targets)
+    np.testing.assert_array_equal(masks.where ^ other.where, targets)
+    np.testing.assert_allclose(other.p, np.maximum(1 - masks.p, 1e-3))
+
+
+# -------------------------------------------------------------------------------------------- loss
+def problem(batch=4, length=24, width=16, vocab=40):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(batch, length, width)).astype(np.float32)
+    labels = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    labels[:, :7] = IGNORED
+    labels[2] = IGNORED  # a row without targets
+    core = {"lm_head": {"kernel": rng.normal(size=(width, vocab)).astype(np.float32)}}
+    masks = draw_masks(KEY, jnp.arange(batch), labels != IGNORED)
+    return core, jnp.asarray(hidden), jnp.asarray(labels), masks
+
+
+def plain_loss(core, hidden, labels, masks, weighting):
+    """The formula on all logits at once."""
+    logp = jax.nn.log_softmax(hidden @ core["lm_head"]["kernel"])
+    nll = -jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+    nll = jnp.where(masks.where, nll, 0.0)
+    nll = nll / masks.p[:, None] if weighting == "1/p" else nll
+    return (nll.sum(1) / jnp.maximum((labels != IGNORED).sum(1), 1)).sum()
+
+
+@pytest.mark.parametrize("weighting", ["1/p", "none"])
+@pytest.mark.parametrize(("rows", "groups"), [(512, 1), (5, 1), (5, 2), (12, 4)])
+def test_loss_in_chunks_and_groups_equals_the_formula_and_its_gradient(weighting, rows, groups):
+    core, hidden, labels, masks = problem()
+    chunked = functools.partial(
+        lambda c, h, **how: masked_loss(c, h, labels, masks, **how).total,
+        weighting=weighting,
+        rows=rows,
+        groups=groups,
+    )
+    value, gradient = jax.value_and_grad(chunked, argnums=(0, 1))(core, hidden)
+    expected = jax.value_and_grad(plain_loss, argnums=(0, 1))(
+        core, hidden, labels, masks, weighting
+    )
+    assert rel_error(value, expected[0]) < 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, expected[1])
+
+
+def test_rows_of_a_batch_add_up_so_microbatches_are_exact():
+    core, hidden, labels, masks = problem()
+    whole = masked_loss(core, hidden, labels, masks).total
+    parts = [
+        masked_loss(core, hidden[s], labels[s], Masks(masks.where[s], masks.p[s])).total
+        for s in (slice(0, 1), slice(1, 4))
+    ]
+    np.testing.assert_allclose(float(whole), float(sum(parts)), rtol=1e-6)
+
+
+def test_nll_and_hits_are_those_of_masked_targets_in_their_places():
+    core, hidden, labels, masks = problem()
+    found = masked_loss(core, hidden, labels, masks, rows=5)
+    logits = hidden @ core["lm_head"]["kernel"]
+    right = (logits.argmax(-1) == labels) & masks.where
+    np.testing.assert_array_equal(found.hits, right.astype(np.float32))
+    np.testing.assert_array_equal(found.nll > 0, masks.where)
+
+
+def test_expected_loss_of_a_constant_model_is_the_same_at_every_time():
+    """1/p undoes the number of masked targets: with equal logits the mean is log V at any t."""
+    rows, length, vocab = 256, 64, 11
+    labels = jnp.zeros((rows, length), jnp.int32)
+    core = {"lm_head": {"kernel": jnp.zeros((4, vocab))}}
+    hidden = jnp.ones((rows, length, 4))
+
+    @jax.jit
+    def mean_at(t):
+        masks = draw_masks(KEY, jnp.arange(rows), labels != IGNORED, t=jnp.full(rows, t))
+        return masked_loss(core, hidden, labels, masks).total / rows
+
+    for t in (0.05, 0.3, 0.7, 1.0):
+        p = (1 - 1e-3) * t + 1e-3
+        three_deviations = 3 * np.sqrt((1 - p) / p / (rows * length)) * np.log(vocab)
+        assert abs(float(mean_at(t)) - np.log(vocab)) <= three_deviations + 1e-5, t
+
+
+def test_no_array_of_all_logits_and_no_gradient_of_a_frozen_head_exist():
+    batch, length, width, vocab = 2, 64, 8, 97
+    hidden = jnp.ones((batch, length, width))
+    labels = jnp.zeros((batch, length), jnp.int32)
+    masks = draw_masks(KEY, jnp.arange(batch), labels != IGNORED)
+    core = {"lm_head": {"kernel": jnp.ones((width, vocab))}}
+
+    def text_of(argnums):
+        grad = jax.grad(
+            lambda c, h: masked_loss(c, h, labels, masks, rows=16).total, argnums=argnums
+        )
+        return jax.jit(grad).lower(core, hidden).as_text()
+
+    both, frozen = text_of((0, 1)), text_of(1)
+    sizes = [
+        np.prod([int(n) for n in s.split("x")[:-1]]) for s in re.findall(r"<([\dx]+x)f32", both)
+    ]
+    assert sizes and max(sizes) <= 16 * vocab  # not batch * length * vocab
+    outputs = rf"tensor<{width}x16xf32>, tensor<16x{vocab}xf32>|-> tensor<1x{width}x{vocab}xf32>"
+    assert re.search(outputs, both) and not re.search(outputs, frozen)
+
+
+def test_unknown_weighting_is_refused():
+    core, hidden, labels, masks = problem()
+    with pytest.raises(ValueError, match="loss_weighting='p': use one of"):
+        masked_loss(core, hidden, labels, masks, weighting="p")
