@@ -1,0 +1,201 @@
+"""Pictures of records, by name: a file, a member of an archive, or a scene that is drawn.
+
+`DIR/a.jpg` is a file, `DIR/part.zip!images/a.jpg` a member of a zip or tar archive, and
+`scene:SEED/SPLIT/INDEX@SIDE` a scene of data/scenes.py. Every picture is uint8 [H, W, 3].
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.images import ImageError, decode, is_image
+from data.scenes import Scene, draw_scene
+
+INSIDE = "!"
+_SCENE = re.compile(r"scene:(\d+)/(\w+)/(\d+)@(\d+)$")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of a picture without decoding it: (width, height), and a mark of its content.
+
+    The mark is the number of bytes of a file, or the checksum of a member where the archive has
+    one.
+    """
+
+    size: tuple[int, int]
+    mark: int
+
+
+def scene_name(seed: int, split: str, index: int, side: int) -> str:
+    return f"scene:{seed}/{split}/{index}@{side}"
+
+
+def scene_of(name: str) -> Scene:
+    """The scene a name stands for. Raises ImageError on a name that is none."""
+    found = _SCENE.match(name)
+    if not found:
+        raise ImageError(f"{name}: not a scene; write scene:SEED/SPLIT/INDEX@SIDE")
+    seed, split, index, side = found.groups()
+    return draw_scene(int(seed), split, int(index), int(side))
+
+
+class _Member(io.BytesIO):
+    """Bytes that know where they came from, so that messages name it."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.source_name = name
+
+    def __str__(self) -> str:
+        return self.source_name
+
+
+@lru_cache(maxsize=64)
+def _zip(path: str, process: int) -> zipfile.ZipFile:
+    """An open archive; a forked process has its own, since a file offset is shared."""
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=64)
+def _tar_members(path: str) -> dict[str, tuple[int, int]]:
+    """{member: (first byte, number of bytes)} of a tar file that is not compressed."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {m.name: (m.offset_data, m.size) for m in archive if m.isfile()}
+    except tarfile.ReadError as error:
+        raise ImageError(
+            f"{path}: not a plain tar archive ({error}); unpack compressed archives first"
+        ) from error
+
+
+def members(path: str | os.PathLike) -> list[str]:
+    """Names inside a zip or tar archive, in its order. Raises ImageError on a damaged one."""
+    path = str(path)
+    if path.endswith(".tar"):
+        return list(_tar_members(path))
+    try:
+        return [n for n in _zip(path, os.getpid()).namelist() if not n.endswith("/")]
+    except zipfile.BadZipFile as error:
+        raise ImageError(f"{path}: damaged archive ({error}); download it again") from error
+
+
+def read_member(name: str) -> bytes:
+    """The bytes of `archive!member`. Raises FileNotFoundError when the archive lacks it."""
+    path, _, member = name.partition(INSIDE)
+    if path.endswith(".tar"):
+        if member not in _tar_members(path):
+            raise FileNotFoundError(f"{path} has no member {member}")
+        start, count = _tar_members(path)[member]
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(count)
+    try:
+        return _zip(path, os.getpid()).read(member)
+    except KeyError:
+        raise FileNotFoundError(f"{path} has no member {member}") from None
+    except zipfile.BadZipFile as error:
+        raise ImageError(f"{name}: damaged ({error}); download the archive again") from error
+
+
+def read_picture(name: str) -> np.ndarray:
+    """uint8 [H, W, 3]; 16-bit values are divided by 257. Raises ImageError naming the picture."""
+    if name.startswith("scene:"):
+        return scene_of(name).image
+    pixels = decode(_Member(read_member(name), name) if INSIDE in name else name)
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(pixels * np.float32(255)).astype(np.uint8)
+    return pixels
+
+
+def _header(file, name: str) -> tuple[int, int]:
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception as error:  # decoders raise anything from OSError to struct.error
+        raise ImageError(
+            f"{name}: cannot be read as a picture ({error}); replace or remove it"
+        ) from error
+
+
+def look_at(name: str) -> Look:
+    """Size and mark from the header alone. Raises FileNotFoundError or ImageError."""
+    if name.startswith("scene:"):
+        found = _SCENE.match(name)
+        if not found:
+            scene_of(name)
+        side = int(found[4])
+        return Look((side, side), 0)
+    if INSIDE in name:
+        content = read_member(name)
+        return Look(_header(_Member(content, name), name), len(content))
+    state = os.stat(name)
+    return _look_once(name, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1_000_000)
+def _look_once(name: str, size: int, changed: int) -> Look:
+    return Look(_header(name, name), size)
+
+
+def _try_to_look(name: str) -> Look | str:
+    try:
+        return look_at(name)
+    except FileNotFoundError:
+        return f"there is no picture {name}; check the folder of the pictures"
+    except ImageError as error:
+        return str(error)
+
+
+def _try_to_read(name: str) -> Look | str:
+    found = _try_to_look(name)
+    if isinstance(found, str):
+        return found
+    try:
+        read_picture(name)
+    except ImageError as error:
+        return str(error)
+    return found
+
+
+def survey(names: Sequence[str], *, decoded: bool = False) -> dict[str, Look | str]:
+    """{picture: what is known of it, or what is wrong with it}; by threads.
+
+    decoded=True also decodes every picture, and so finds the truncated ones.
+    """
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(
+            zip(names, pool.map(_try_to_read if decoded else _try_to_look, names), strict=True)
+        )
+
+
+def find_pictures(folder: str | os.PathLike) -> dict[str, str]:
+    """{file name: path} of every picture below a folder, and inside its zip and tar archives.
+
+    Also keyed by the path relative to the folder (or the name inside the archive). A file name
+    that occurs twice is left out: only its relative path finds it.
+    """
+    root = Path(folder)
+    relative: dict[str, str] = {}
+    for path in sorted(root.rglob("*")):
+        if is_image(path):
+            relative[path.relative_to(root).as_posix()] = str(path)
+        elif path.suffix in (".zip", ".tar"):
+            inside = (m for m in members(path) if is_image(Path(m)))
+            relative |= {member: f"{path}{INSIDE}{member}" for member in inside}
+    times = Counter(Path(key).name for key in relative)
+    short = {Path(k).name: path for k, path in relative.items() if times[Path(k).name] == 1}
+    return short | relative

@@ -1,0 +1,247 @@
+"""Records: one picture with one task in words, random access to many of them, and mixtures.
+
+Every reader of vision-language data ends here, through `data/gathering.py`, which checks what it
+reads. Boxes are (x0, y0, x1, y1) in pixels of the stored picture, whatever the file said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from data.folders import fingerprint_of
+from data.images import some_of
+from data.record_boxes import Box, RecordError
+from data.record_pictures import read_picture, survey
+
+TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat")
+LONGEST_CYCLE = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question about one picture (or about none).
+
+    caption: answers = all references. grounding: question = the expression, boxes = its targets.
+    detection: question = a class, boxes = all of that class, labels = class per box. vqa: question,
+    answers, category = question type. classification: answers = (class,), classes = all of them.
+    chat: conversations = ((role, text), ...). size is (width, height) of the stored picture.
+    """
+
+    id: str
+    image: str | None
+    task: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    labels: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    category: str = ""
+    classes: tuple[str, ...] = ()
+    conversations: tuple[tuple[str, str], ...] = ()
+    dataset: str = ""
+    split: str = ""
+
+
+# ---------------------------------------------------------------------------------------- checks
+def check_record(record: Record, *, answers: bool = True) -> None:
+    """Raises RecordError saying what the record lacks for its task."""
+    if record.task not in TASKS:
+        raise RecordError(f"task '{record.task}' is none of {', '.join(TASKS)}")
+    if not record.id:
+        raise RecordError("the id is empty")
+    if record.task != "chat" and record.image is None:
+        raise RecordError(f"a {record.task} record without image; only chat records may lack one")
+    if any(not isinstance(text, str) or not text.strip() for text in record.answers):
+        raise RecordError("an answer is empty or no text")
+    if record.task in ("grounding", "detection", "vqa") and not record.question.strip():
+        raise RecordError("the question is empty")
+    if record.task == "chat":
+        _check_turns(record.conversations, answers)
+    elif answers:
+        _check_target(record)
+    if record.labels and len(record.labels) != len(record.boxes):
+        raise RecordError(f"{len(record.labels)} labels for {len(record.boxes)} boxes")
+
+
+def _check_target(record: Record) -> None:
+    if record.task == "grounding":
+        if not record.boxes:
+            raise RecordError("a grounding record without a box")
+    elif record.task != "detection" and not record.answers:
+        raise RecordError(f"a {record.task} record without an answer")
+    if record.task == "classification" and record.classes:
+        strange = [a for a in record.answers if a not in record.classes]
+        if strange:
+            raise RecordError(f"class {strange[0]!r} is none of {some_of(record.classes)}")
+
+
+def _check_turns(turns: Sequence[tuple[str, str]], answers: bool) -> None:
+    roles = [role for role, _ in turns if role != "system"]
+    wanted = ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2)
+    if not roles or roles != wanted:
+        raise RecordError(f"turns {roles[:6]}: need human and gpt in turn, human first")
+    if answers and len(roles) % 2:
+        raise RecordError("the conversation ends with a question that nobody answers")
+    empty = [role for role, text in turns if not isinstance(text, str) or not text.strip()]
+    if empty and (answers or empty != ["gpt"]):
+        raise RecordError(f"an empty turn of {empty[0]}")
+
+
+# --------------------------------------------------------------------------------------- sources
+class RecordSource:
+    """Random access: `len`, `[i] -> {"record", "image", "id"}`, `records` (no pixels).
+
+    image is uint8 [H, W, 3], or None. counts: what was skipped or changed on reading. keep: bytes
+    of decoded pictures that stay in memory, each picture once however many records share it.
+    """
+
+    task = "records"
+
+    def __init__(self, records: Sequence[Record], name: str, counts: Counter | None = None):
+        self.records, self.name = list(records), name
+        self.counts, self.keep = Counter(counts or {}), 0
+        self._kept: dict[str, np.ndarray] = {}
+        self._held = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.records[int(i)]
+        if record.image is None:
+            return {"record": record, "image": None, "id": record.id}
+        image = self._picture(record.image)
+        size = (image.shape[1], image.shape[0])
+        if record.size != size:
+            if record.size is not None and record.boxes:
+                raise RecordError(other_size(record, size))
+            record = replace(record, size=size)
+        return {"record": record, "image": image, "id": record.id}
+
+    def _picture(self, name: str) -> np.ndarray:
+        image = self._kept.get(name)
+        if image is None:
+            image = read_picture(name)
+            if self._held + image.nbytes <= self.keep:
+                self._kept[name] = image
+                self._held += image.nbytes
+        return image
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the records and of the sizes of their picture files; not of the folder."""
+        looks = survey(list(dict.fromkeys(r.image for r in self.records if r.image)))
+        marks = {name: getattr(look, "mark", "absent") for name, look in looks.items()}
+        content = []
+        for r in self.records:
+            short = "/".join(PurePath(r.image).parts[-2:]) if r.image else ""
+            content.append(f"{astuple(replace(r, image=short))} {marks.get(r.image, '')}")
+        return fingerprint_of(self.name, content)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": {}, "_held": 0}
+
+
+def choose(source: RecordSource, keep: Callable[[Record], bool], note: str) -> RecordSource:
+    """The records for which keep(record) is true, as a source `NAME[note]`."""
+    kept = [record for record in source.records if keep(record)]
+    if not kept:
+        raise RecordError(f"'{source.name}': no record is left by '{note}'")
+    return RecordSource(kept, f"{source.name}[{note}]", source.counts)
+
+
+def other_size(record: Record, size: tuple[int, int]) -> str:
+    return (
+        f"{record.image}: {size[0]}x{size[1]} pixels, but the record {record.id} says "
+        f"{record.size[0]}x{record.size[1]}; its boxes would not fit: use the picture they were "
+        "drawn on"
+    )
+
+
+# --------------------------------------------------------------------------------------- mixtures
+def _cycle(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the ratio of the weights, as they are written in decimals."""
+    parts = [Fraction(str(weight)) for weight in weights]
+    if any(part <= 0 for part in parts):
+        raise ValueError(f"weights {list(weights)}: need numbers above 0; leave the source out")
+    common = math.lcm(*(part.denominator for part in parts))
+    whole = [int(part * common) for part in parts]
+    whole = [n // math.gcd(*whole) for n in whole]
+    if sum(whole) > LONGEST_CYCLE:
+        raise ValueError(f"weights {list(weights)}: too fine a ratio; round them to two decimals")
+    return whole
+
+
+class Mix:
+    """Several sources interleaved at a fixed ratio; random access, without random numbers.
+
+    A cycle holds each source as often as its weight says, evenly spread. Sources are walked in
+    order and start again at their end. The length is the smallest number of whole cycles in which
+    every source was seen once, so that small or heavy sources come several times.
+    """
+
+    task = "records"
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
+        if not sources or len(sources) != len(weights):
+            raise ValueError(f"{len(sources)} sources with {len(weights)} weights")
+        empty = [source.name for source in sources if not len(source)]
+        if empty:
+            raise ValueError(f"sources without records: {some_of(empty)}")
+        self.sources, self._times = list(sources), _cycle(weights)
+        spread = sorted(
+            ((n + 0.5) / times, k, n) for k, times in enumerate(self._times) for n in range(times)
+        )
+        self._source = np.array([k for _, k, _ in spread], np.int32)
+        self._rank = np.array([n for _, _, n in spread], np.int64)
+        rounds = [-(-len(s) // n) for s, n in zip(sources, self._times, strict=True)]
+        self._length = max(rounds) * len(spread)
+        self.name = "mix(" + ", ".join(s.name for s in sources) + ")"
+
+    def __len__(self) -> int:
+        return self._length
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(number of the source, index in it) of example i."""
+        if not 0 <= i < self._length:
+            raise IndexError(f"record {i} of {self._length}")
+        turn, at = divmod(int(i), len(self._source))
+        k = int(self._source[at])
+        return k, (turn * self._times[k] + int(self._rank[at])) % len(self.sources[k])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        k, j = self.place(i)
+        return self.sources[k][j]
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The record of every example, in order, repeats included."""
+        return [self.sources[k].records[j] for k, j in map(self.place, range(len(self)))]
+
+    @property
+    def counts(self) -> Counter:
+        return sum((source.counts for source in self.sources), Counter())
+
+    @property
+    def fingerprint(self) -> str:
+        ratio = ":".join(map(str, self._times))
+        return fingerprint_of(f"mix-{ratio}", [source.fingerprint for source in self.sources])
+
+
+def mix(sources: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
+    """Sources at a fixed ratio (None: by their lengths). A single source is returned as it is.
+
+    Raises ValueError on an empty source, a weight not above 0, or a ratio too fine to repeat.
+    """
+    if weights is None:
+        weights = [len(source) for source in sources]
+    return sources[0] if len(sources) == 1 else Mix(sources, weights)

@@ -1,0 +1,79 @@
+"""Pictures by name: files, members of archives, scenes."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import ImageError
+from data.record_pictures import find_pictures, look_at, read_picture, scene_name, survey
+from data.scenes import draw_scene
+from tests.record_sets import draw
+
+
+@pytest.fixture
+def archives(tmp_path):
+    picture = draw(tmp_path / "free" / "c.png", seed=3)
+    with zipfile.ZipFile(tmp_path / "part.zip", "w") as archive:
+        archive.write(draw(tmp_path / "raw.d" / "a.png", seed=1), "images/a.png")
+        archive.writestr("images/broken.png", b"no picture")
+    with tarfile.open(tmp_path / "part.tar", "w") as archive:
+        archive.add(draw(tmp_path / "raw.d" / "b.png", seed=2), "b.png")
+    return tmp_path, picture
+
+
+def test_a_member_of_an_archive_has_the_pixels_of_the_file(archives):
+    root, _ = archives
+    for member, file in (("part.zip!images/a.png", "a.png"), ("part.tar!b.png", "b.png")):
+        name = f"{root}/{member}"
+        assert np.array_equal(read_picture(name), read_picture(str(root / "raw.d" / file)))
+        assert look_at(name).size == (40, 30)
+
+
+def test_faults_in_archives_name_archive_and_member(archives):
+    root, _ = archives
+    with pytest.raises(ImageError, match="part.zip!images/broken.png"):
+        read_picture(f"{root}/part.zip!images/broken.png")
+    for archive in ("part.zip", "part.tar"):
+        with pytest.raises(FileNotFoundError, match=f"{archive} has no member x.png"):
+            read_picture(f"{root}/{archive}!x.png")
+    (root / "bad.zip").write_bytes(b"PK no archive")
+    (root / "bad.tar").write_bytes(b"\x1f\x8b no archive")
+    for archive in ("bad.zip", "bad.tar"):
+        with pytest.raises(ImageError, match=archive):
+            read_picture(f"{root}/{archive}!x.png")
+
+
+def test_a_scene_is_drawn_from_its_name():
+    name = scene_name(3, "val", 12, 32)
+    assert np.array_equal(read_picture(name), draw_scene(3, "val", 12, 32).image)
+    assert look_at(name).size == (32, 32)
+    with pytest.raises(ImageError, match="not a scene"):
+        look_at("scene:none")
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    values = np.array([[0, 257, 65535]] * 8, np.uint16).repeat(3, 1)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    found = read_picture(str(tmp_path / "a.png"))
+    assert found.dtype == np.uint8 and found[0, ::3, 0].tolist() == [0, 1, 255]
+
+
+def test_the_survey_says_what_is_wrong_with_each(archives):
+    root, picture = archives
+    broken, absent = f"{root}/part.zip!images/broken.png", str(root / "none.png")
+    found = survey([str(picture), broken, absent])
+    assert found[str(picture)].size == (40, 30)
+    assert "cannot be read" in found[broken] and "there is no picture" in found[absent]
+
+
+def test_pictures_are_found_by_name_path_and_archive_member(archives):
+    root, picture = archives
+    found = find_pictures(root)
+    assert found["c.png"] == found["free/c.png"] == str(picture)
+    assert found["images/a.png"] == f"{root}/part.zip!images/a.png"
+    assert "a.png" not in found  # in the archive and beside it: only longer names are certain
