@@ -42,6 +42,9 @@ class Seen(NamedTuple):
     turns: tuple[jax.Array, jax.Array] | None = None
 
 
+ALL_SEEN = Seen()
+
+
 def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B,N,1,width/2] float32 of positions [B,N]."""
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -161,7 +164,7 @@ def run(
     x: jax.Array,
     positions: jax.Array,
     *,
-    seen: Seen = Seen(),
+    seen: Seen = ALL_SEEN,
     past: KeyValues | None = None,
     rows: int | None = None,
     keep: bool = False,
@@ -180,7 +183,7 @@ def run(
     block = Block(config, attention)
     angles = rotary(positions, config.head_width, config.rope_theta)
 
-    def apply(layer, x, past, rows=None):
+    def apply(layer, x, past, rows):
         x, own = block.apply({"params": layer}, x, angles, past, seen, rows)
         behind = rows if rows is not None else first
         return x, KeyValues(own.k[:, behind:], own.v[:, behind:]) if keep else None
@@ -195,7 +198,7 @@ def run(
     if isinstance(layers, tuple):
         x, kept = _run_unrolled(apply, layers, x, past, rows)
     elif rows is None:
-        x, kept = jax.lax.scan(lambda x, at: apply(at[0], x, at[1]), x, (layers, past))
+        x, kept = jax.lax.scan(lambda x, at: apply(at[0], x, at[1], None), x, (layers, past))
     else:
         x, kept = _run_trimmed(apply, layers, x, past, rows)
     return RMSNorm(config.eps).apply({"params": core["norm"]}, x), kept
@@ -222,7 +225,7 @@ def _run_trimmed(apply, layers, x, past, rows):
     def before(i):
         return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), past)
 
-    x, kept = jax.lax.scan(lambda x, i: apply(at(i), x, before(i)), x, jnp.arange(last))
+    x, kept = jax.lax.scan(lambda x, i: apply(at(i), x, before(i), None), x, jnp.arange(last))
     x, own = apply(at(last), x, before(last), rows)
     if own is not None:
         kept = jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), kept, own)
