@@ -6,6 +6,8 @@ import dataclasses
 
 IMAGE_MODES = ("square", "pad", "anyres")
 MERGES = ("flat", "spatial", "spatial_unpad")
+IMAGE = -200
+"""The id at every position that an image token fills; no tokenizer has it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,10 @@ import numpy as np
 from common_jax.init import host_init
 from common_jax.layers import Linear
 from geodit_jax import llada
-from geodit_jax.config import GeoDiTConfig
+from geodit_jax.config import IMAGE, GeoDiTConfig
 from geodit_jax.siglip import encode_views, tower_shapes
 
 Tree = Any
-IMAGE = -200
-"""The id of every position that an image token fills."""
 
 # Regex on paths -> mesh axes, the first match wins (`common_jax.sharding.tree_shardings`). Kernels
 # that widen are split by columns over `tensor`, those that narrow by rows: a block then needs two
