@@ -87,6 +87,39 @@ def test_published_sampler_from_embeddings_is_matched_id_for_id(folder):
         np.testing.assert_array_equal(found.ids, arrays[f"gen_embeds/{name}"], err_msg=name)
 
 
+GOLDEN_STEPS = {  # steps, length, block, guidance; the names of the arrays say the same
+    "n8_l8": (8, 8, 0, 0.0),
+    "n8_l32": (8, 32, 0, 0.0),
+    "n8_l32_stop": (8, 32, 0, 0.0),
+    "n16_l32_b8": (16, 32, 8, 0.0),
+    "n16_l32_b8_stop": (16, 32, 8, 0.0),
+    "n4_l16_cfg": (4, 16, 0, 1.5),
+    "n8_l16_suffix": (8, 16, 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("folder", golden_cases("llada_v"))
+def test_published_answers_about_a_picture_are_matched_id_for_id(folder):
+    meta, arrays = read_golden(folder)
+    core, published = read_core(folder / "checkpoint")
+    config = make_config(published, meta["ids"], meta["tokenizer_length"])
+    prompt = arrays["model/prompt"].reshape(-1)
+    (at,) = np.flatnonzero(prompt == -200)
+    picture = arrays["model/spatial_unpad/anyres_max_4/image_tokens"].reshape(-1, config.text.width)
+    before, after = (llada.embed(core, ids) for ids in (prompt[:at], prompt[at + 1 :]))
+    prefix = jnp.concatenate([before, picture, after])[None]
+    suffix = arrays["gen/suffix_ids"].tolist()
+    names = {name.removeprefix("gen/") for name in arrays if name.startswith("gen/")}
+    assert names - {"suffix_ids"} == set(GOLDEN_STEPS)
+    for name, (steps, length, block, guidance) in GOLDEN_STEPS.items():
+        stop, fixed = name.endswith("_stop"), suffix if name.endswith("_suffix") else []
+        decode = DecodeConfig(length, steps, block, guidance=guidance, stop=stop)
+        found = generate(core, config, prefix, None, KEY, decode, fixed)
+        count = int(found.length[0]) if stop else length
+        answer = [*found.ids[0, :count].tolist(), *fixed]
+        assert answer == arrays[f"gen/{name}"].reshape(-1).tolist(), name
+
+
 # ------------------------------------------------------------------------------- the plain loop
 CASES = {
     "one block": GREEDY,

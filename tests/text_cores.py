@@ -1,4 +1,4 @@
-"""Small text cores: of the golden folders and random ones, and decoding without our loop."""
+"""Small text cores, of golden folders and random ones, and decoding without our loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+from geodit_oracle import read_tree
 
 from common_jax.init import host_init
 from geodit_jax import llada
@@ -31,26 +31,8 @@ def random_core(config: GeoDiTConfig = SMALL, seed: int = 0) -> dict:
 
 def read_core(folder: Path) -> tuple[dict, dict]:
     """(parameters, config.json) of a checkpoint with LLaDA-V's names."""
-    config = json.loads((folder / "config.json").read_text())
-    state = load_file(folder / "model.safetensors")
-    layers = []
-    for i in range(config["num_hidden_layers"]):
-        start, layer = f"model.layers.{i}.", {}
-        for name in (name for name in state if name.startswith(start)):
-            *path, leaf = name.removeprefix(start).removesuffix(".weight").split(".")
-            node = layer
-            for key in path:
-                node = node.setdefault(key, {})
-            value = state[name]
-            node[leaf] = {"scale": value} if value.ndim == 1 else {"kernel": value.T}
-        layers.append(layer)
-    core = {
-        "embed_tokens": {"embedding": state["model.embed_tokens.weight"]},
-        "layers": jax.tree.map(lambda *parts: np.stack(parts), *layers),
-        "norm": {"scale": state["model.norm.weight"]},
-        "lm_head": {"kernel": state["lm_head.weight"].T},
-    }
-    return jax.tree.map(jnp.asarray, core), config
+    core = read_tree(folder / "model.safetensors")["core"]
+    return jax.tree.map(jnp.asarray, core), json.loads((folder / "config.json").read_text())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
