@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,10 @@ import pytest
 from conftest import golden_cases, read_golden, rel_error
 
 from geodit_jax import llada
+from geodit_jax.chat import IMAGE
 from geodit_jax.config import TextConfig
+from geodit_jax.convert import load_model
+from geodit_jax.image_layout import lay_out
 from geodit_jax.masking import (
     IGNORED,
     Masks,
@@ -20,6 +24,10 @@ from geodit_jax.masking import (
     mask_targets,
     masked_loss,
 )
+from geodit_jax.model import encode_images, merge
+from geodit_jax.sequence import expand
+from geodit_jax.views import make_views
+from tests.test_views import procedural
 
 KEY = jax.random.key(7)
 
@@ -99,6 +107,90 @@ def test_loss_under_the_turn_mask_equals_the_published_training(folder):
     arrays = {k: v for k, v in golden.items() if k.startswith("loss/")}
     value = loss(core, arrays, config, meta["ids"]["mask"], turns)
     assert rel_error(value, golden["loss/conversation"]) < 2e-5
+
+
+PICTURES = {"chat": 1, "chat_batch": 3, "two_turns": 1, "square": 2, "plain": 2}
+ROWS, LENGTH, SLOTS = 3, 195, 9  # one shape for all cases: one compilation
+
+
+def whole_model(folder):
+    """(meta, arrays, params, config) of the tiny LLaDA-V."""
+    meta, golden = read_golden(folder)
+    params, config, _ = load_model(folder / "checkpoint")
+    return meta, golden, params, config
+
+
+def example_of(case, row, meta, golden, config):
+    """Arrays of one row of a published batch, by our own layouts and views."""
+    ids, labels = (golden[f"loss/{case}/{name}"][row].tolist() for name in ("input_ids", "labels"))
+    size = tuple(meta[("photo", "photo2")[row]]) if IMAGE in ids else None
+    layouts = [] if size is None else [lay_out(size, config, SLOTS)]
+    example = expand(
+        (ids, labels, [0] * len(ids)),
+        layouts,
+        config,
+        config.tokens.eos,
+        length=LENGTH,
+        slots=SLOTS,
+    )
+    side = config.tower.image_size
+    example["pixels"] = np.zeros((SLOTS, side, side, 3), np.uint8)
+    if size is not None:
+        views = make_views(procedural(*size, **meta["image"]), config)
+        example["pixels"][: len(views)] = views
+    taps = 4 - example["image_rows"].shape[1]
+    for name in ("image_rows", "image_weights"):
+        example[name] = np.pad(example[name], ((0, 0), (0, taps)))
+    return example
+
+
+def batch_of(case, meta, golden, config):
+    """A published batch as padded arrays, with its draws."""
+    rows, length = golden[f"loss/{case}/labels_expanded"].shape
+    examples = [example_of(case, row, meta, golden, config) for row in range(rows)]
+    batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+    np.testing.assert_array_equal(
+        batch["labels"][:, :length], golden[f"loss/{case}/labels_expanded"]
+    )
+    zero = golden.get(f"loss/{case}/embeds_are_zero", np.zeros((rows, length), bool))
+    turns = golden.get(f"loss/{case}/conversation_ids", np.zeros((rows, length), np.int64))
+    batch |= {"zero": zero, "turns": turns, "u": golden[f"loss/{case}/u"]}
+    batch |= {"t": golden[f"loss/{case}/t"], "length": np.full(rows, length)}
+    for name, fill in {"labels": IGNORED, "zero": True, "turns": 0, "u": 1.0}.items():
+        more = ((0, ROWS - rows), (0, LENGTH - batch[name].shape[1]))
+        batch[name] = np.pad(batch[name], more, constant_values=fill)
+    return {k: np.pad(v, [(0, ROWS - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+
+
+def loss_of_model(params, batch, config, rows):
+    """The published loss, which lets zero vectors behind shorter rows be attended."""
+    masks = mask_targets(batch["t"], batch["u"], batch["labels"] != IGNORED)
+    ids = jnp.where(masks.where, config.tokens.mask, batch["ids"])
+    tokens = encode_images(params, config, batch["pixels"])
+    x = merge(params, config, ids, tokens, batch["image_rows"], batch["image_weights"])
+    x = jnp.where(batch["zero"][..., None], 0.0, x)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    lengths = jnp.maximum(batch["length"], 1)
+    seen = llada.Seen(lengths, (batch["turns"], batch["turns"]))
+    hidden, _ = llada.run(params["core"], config.text, x, positions, seen=seen)
+    return masked_loss(params["core"], hidden, batch["labels"], masks).total / rows
+
+
+@pytest.mark.parametrize("folder", golden_cases("llada_v"))
+def test_losses_and_gradients_of_every_part_equal_the_published_training(folder):
+    meta, golden, params, config = whole_model(folder)
+    program = jax.jit(jax.value_and_grad(functools.partial(loss_of_model, config=config)))
+    for case, rows in PICTURES.items():
+        mode = {"square": "square", "plain": "square"}.get(case, "anyres")
+        merged = "flat" if case == "plain" else "spatial_unpad"
+        how = dataclasses.replace(config, image_mode=mode, merge=merged)
+        value, gradient = program(params, batch_of(case, meta, golden, how), rows=rows)
+        assert rel_error(value, golden[f"loss/{case}/loss"]) < 2e-5, case
+        for part, tree in gradient.items():
+            norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(tree)))
+            assert rel_error(norm, golden[f"loss/{case}/gradnorm_{part}"]) < 1e-4, (case, part)
+        first = gradient["projector"]["linear_0"]["kernel"]
+        assert rel_error(first.T, golden[f"loss/{case}/grad_projector0"]) < 1e-4, case
 
 
 # --------------------------------------------------------------------------------- forward process
