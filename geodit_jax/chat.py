@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from geodit_jax.config import IMAGE
 from geodit_jax.tokenizer import SPECIAL, Tokenizer
 
-IMAGE = -200
 NO_TARGET = -100
 PLACEHOLDER = "<image>"
 SYSTEM = (

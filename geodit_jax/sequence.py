@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from geodit_jax.chat import IMAGE, NO_TARGET, Encoded, answer_start
-from geodit_jax.config import GeoDiTConfig
+from geodit_jax.chat import NO_TARGET, Encoded, answer_start
+from geodit_jax.config import IMAGE, GeoDiTConfig
 from geodit_jax.image_layout import ImageLayout, max_rows_per_token, max_views
 from geodit_jax.tokenizer import Tokenizer
 
