@@ -44,13 +44,22 @@ class Rules:
                 raise ValueError(f"{name}='{getattr(self, name)}' is not {' or '.join(values)}")
 
 
+STRICT = Rules()
+
+
 class Gathering:
     """Collects the records of a reader, checks them, and gives a RecordSource."""
 
-    def __init__(self, name: str, rules: Rules):
+    def __init__(self, name: str, rules: Rules = STRICT):
         self.name, self.rules, self.counts = name, rules, Counter()
         self._found: dict[str, tuple[Record, str]] = {}
         self._refused: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
 
     def refuse(self, where: str, problem: str) -> None:
         """Raises RecordError, or counts under on_bad=skip."""

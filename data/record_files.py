@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common_jax.files import atomic_path, read_json
-from data.gathering import Gathering, Rules
+from data.gathering import STRICT, Gathering, Rules
 from data.record_boxes import RecordError, to_pixels
 from data.records import Record, RecordSource
 
@@ -144,7 +144,7 @@ def read_records(
     split: str = "",
     *,
     images: str | os.PathLike = "",
-    rules: Rules | None = None,
+    rules: Rules = STRICT,
     name: str = "",
 ) -> RecordSource:
     """The records of a JSON list or JSON lines file.
@@ -154,7 +154,7 @@ def read_records(
     """
     path = existing_file(path)
     folder = Path(images).expanduser() if images else path.parent
-    gathering = Gathering(name or path.stem, rules or Rules())
+    gathering = Gathering(name or path.stem, rules)
     for number, (where, row) in enumerate(rows(path, gathering)):
         if split and row.get("split") not in (None, "", split):
             continue

@@ -12,16 +12,16 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from data.images import ImageError, decode, is_image
+from data.images import ImageError, decode, digest_of, is_image
 from data.scenes import Scene, draw_scene
 
 INSIDE = "!"
@@ -182,20 +182,59 @@ def survey(names: Sequence[str], *, decoded: bool = False) -> dict[str, Look | s
         )
 
 
-def find_pictures(folder: str | os.PathLike) -> dict[str, str]:
-    """{file name: path} of every picture below a folder, and inside its zip and tar archives.
+class Finder:
+    """Finds the pictures of a set by the names its annotations use.
 
-    Also keyed by the path relative to the folder (or the name inside the archive). A file name
-    that occurs twice is left out: only its relative path finds it.
+    Looks below `folder`, also inside zip and tar archives: first by the path relative to it (or
+    inside the archive), then by the file name, then by the name without suffix, for sets saved in
+    another format than they were annotated in. A name that means several files finds none of them.
     """
-    root = Path(folder)
-    relative: dict[str, str] = {}
-    for path in sorted(root.rglob("*")):
-        if is_image(path):
-            relative[path.relative_to(root).as_posix()] = str(path)
-        elif path.suffix in (".zip", ".tar"):
-            inside = (m for m in members(path) if is_image(Path(m)))
-            relative |= {member: f"{path}{INSIDE}{member}" for member in inside}
-    times = Counter(Path(key).name for key in relative)
-    short = {Path(k).name: path for k, path in relative.items() if times[Path(k).name] == 1}
-    return short | relative
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} is not a folder (of pictures)")
+        exact: dict[str, str] = {}
+        for path in sorted(self.folder.rglob("*")):
+            if is_image(path):
+                exact[path.relative_to(self.folder).as_posix()] = str(path)
+            elif path.suffix in (".zip", ".tar"):
+                inside = (m for m in members(path) if is_image(Path(m)))
+                exact |= {member: f"{path}{INSIDE}{member}" for member in inside}
+        self._tables = [exact, _by(exact, lambda p: p.name), _by(exact, lambda p: p.stem)]
+
+    def __len__(self) -> int:
+        return len(self._tables[0])
+
+    def find(self, name: str) -> str:
+        """The picture. Raises ImageError saying what there is instead."""
+        relative = PurePosixPath(name.removeprefix("./"))
+        for table, key in zip(
+            self._tables, (str(relative), relative.name, relative.stem), strict=True
+        ):
+            if key in table:
+                if table[key]:
+                    return table[key]
+                raise ImageError(f"several pictures below {self.folder} are named {key}")
+        known = ", ".join(list(self._tables[0])[:3])
+        raise ImageError(
+            f"no picture {name} below {self.folder} ({len(self)} pictures"
+            f"{f', such as {known}' if known else ''}); check the folder of the pictures"
+        )
+
+
+def _by(exact: dict[str, str], key: Callable[[Path], str]) -> dict[str, str]:
+    """{short name: picture, or "" where several have it}."""
+    times = Counter(key(Path(name)) for name in exact)
+    return {key(Path(n)): p if times[key(Path(n))] == 1 else "" for n, p in exact.items()}
+
+
+def digests(names: Iterable[str]) -> dict[str, str]:
+    """{hash of pixels: picture}, to find the same picture in two sets (splits.refuse_overlap)."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        names = list(dict.fromkeys(names))
+        return dict(zip(pool.map(_digest, names), names, strict=True))
+
+
+def _digest(name: str) -> str:
+    return digest_of(read_picture(name))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.images import ImageError
-from data.record_pictures import find_pictures, look_at, read_picture, scene_name, survey
+from data.record_pictures import Finder, digests, look_at, read_picture, scene_name, survey
 from data.scenes import draw_scene
 from tests.record_sets import draw
 
@@ -71,9 +71,21 @@ def test_the_survey_says_what_is_wrong_with_each(archives):
     assert "cannot be read" in found[broken] and "there is no picture" in found[absent]
 
 
-def test_pictures_are_found_by_name_path_and_archive_member(archives):
+def test_pictures_are_found_by_path_name_stem_and_archive_member(archives):
     root, picture = archives
-    found = find_pictures(root)
-    assert found["c.png"] == found["free/c.png"] == str(picture)
-    assert found["images/a.png"] == f"{root}/part.zip!images/a.png"
-    assert "a.png" not in found  # in the archive and beside it: only longer names are certain
+    finder = Finder(root)
+    for name in ("free/c.png", "./free/c.png", "c.png", "elsewhere/c.tif", "c"):
+        assert finder.find(name) == str(picture)
+    assert finder.find("images/a.png") == f"{root}/part.zip!images/a.png"
+    with pytest.raises(ImageError, match="several pictures below .* are named a.png"):
+        finder.find("a.png")  # in the archive and beside it
+    with pytest.raises(ImageError, match="no picture x.png below .*6 pictures, such as free/c.png"):
+        finder.find("x.png")
+    with pytest.raises(FileNotFoundError, match="none is not a folder"):
+        Finder(root / "none")
+
+
+def test_equal_pictures_have_one_digest_whatever_their_name_and_format(tmp_path):
+    one, other = draw(tmp_path / "a.png"), draw(tmp_path / "b.tif")
+    found = digests([str(one), str(other), str(draw(tmp_path / "c.png", seed=1))])
+    assert sorted(found.values()) == [str(other), str(tmp_path / "c.png")]
