@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -43,6 +43,20 @@ class LazyTensor:
     def read(self, index: tuple | slice | int = ()) -> np.ndarray:
         """The values as a fresh array, or those at a numpy `index` (only that part is copied)."""
         return self.load(index)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def slabs(self, slab_bytes: int = 4 << 20) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, values) of about `slab_bytes` each, in order; a scalar is one slab."""
+        if not self.shape:
+            yield slice(0, 1), self.read().reshape(1)
+            return
+        step = max(1, slab_bytes * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            yield rows, self.read(rows)
 
 
 def load_torch(path: str | os.PathLike):
@@ -82,6 +96,7 @@ class _TorchArchive:
 
     def __init__(self, path: Path):
         self._path = path
+        self._starts: dict[str, int] = {}
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(info.compress_type != zipfile.ZIP_STORED for info in members):
@@ -109,6 +124,30 @@ class _TorchArchive:
             raise ValueError(f"storage {key} is lacking or has the wrong size")
         return member, dtype, count
 
+    def _read(self, member: str) -> bytes:
+        with zipfile.ZipFile(self._path) as archive:
+            try:
+                return archive.read(member)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self._path}: {error}; download it again") from error
+
+    def _start(self, member: str) -> int:
+        """Where the bytes of a member begin. The first call for it checks its checksum."""
+        if member not in self._starts:
+            with zipfile.ZipFile(self._path) as archive:
+                try:
+                    with archive.open(member) as stream:
+                        while stream.read(1 << 20):
+                            pass
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"{self._path}: {error}; download it again") from error
+                entry = archive.getinfo(member).header_offset
+            with open(self._path, "rb") as file:
+                file.seek(entry + 26)  # lengths of the name and of the padding, in the entry itself
+                name, padding = struct.unpack("<HH", file.read(4))
+            self._starts[member] = entry + 30 + name + padding
+        return self._starts[member]
+
     def _tensor(self, storage, offset, shape, strides, *_rest) -> LazyTensor:
         member, dtype, count = storage
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -116,11 +155,10 @@ class _TorchArchive:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage {member}")
 
         def load(index) -> np.ndarray:
-            with zipfile.ZipFile(self._path) as archive:
-                try:
-                    flat = np.frombuffer(archive.read(member), dtype)
-                except zipfile.BadZipFile as error:
-                    raise ValueError(f"{self._path}: {error}; download it again") from error
+            if index == () or not count:
+                flat = np.frombuffer(self._read(member), dtype)
+            else:
+                flat = np.memmap(self._path, dtype, "r", self._start(member), (count,))
             steps = tuple(s * dtype.itemsize for s in strides)
             view = np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
             return np.array(view[index])

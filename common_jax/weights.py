@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from common_jax.files import UnsafePickleError, atomic_path
+from common_jax.files import UnsafePickleError, atomic_path, write_json
 from common_jax.torch_files import LazyTensor, load_torch, save_torch, tensors_of
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
@@ -78,7 +78,8 @@ class Report:
     """How the tensors of a file match a model, by the names of the file.
 
     `missing`: wanted and absent; `unused`: present and not wanted; `misshapen`: (name, found shape,
-    wanted shape); `advice`: lines that say what to do.
+    wanted shape); `advice`: lines that say what to do; `shapes`: wanted shapes of missing tensors,
+    where they are known.
     """
 
     source: str
@@ -88,6 +89,7 @@ class Report:
     loaded: int = 0
     ignored: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -100,7 +102,9 @@ class Report:
             f"{len(self.ignored)} ignored"
         ]
         shapes = [f"{name}: found {a}, wanted {b}" for name, a, b in self.misshapen]
-        groups = {"misshapen": shapes, "missing": self.missing, "unused": self.unused}
+        wanted = {name: f"{name}, wanted {shape}" for name, shape in self.shapes.items()}
+        missing = [wanted.get(name, name) for name in self.missing]
+        groups = {"misshapen": shapes, "missing": missing, "unused": self.unused}
         for title, names in groups.items():
             lines += [f"  {title}: {name}" for name in names[:20]]
             if len(names) > 20:
@@ -200,11 +204,22 @@ def _safetensor(path: Path, name: str, entry: Mapping, start: int) -> LazyTensor
     def load(index) -> np.ndarray:
         if index == ():
             return np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(shape[0])
+            row = math.prod(shape[1:])
+            values = np.fromfile(
+                path,
+                dtype,
+                max(stop - start, 0) * row,
+                offset=offset + start * row * dtype.itemsize,
+            )
+            return values.reshape(-1, *shape[1:])
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
     return LazyTensor(shape, dtype, f"{path}:{name}", load)
 
 
+# ---------------------------------------------------------------------------------------- writing
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes arrays under their names, atomically, in sorted order."""
     arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
@@ -212,10 +227,63 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
         save_file(arrays, partial, metadata={"format": "pt"})
 
 
+def copy_safetensors(path: str | os.PathLike, tensors: Mapping[str, LazyTensor]) -> None:
+    """Writes lazy tensors under their names, atomically, a slab at a time: memory stays small."""
+    codes = {np.dtype(dtype): code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict = {"__metadata__": {"format": "pt"}}
+    # Widest dtype first keeps every tensor aligned.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        if tensor.dtype not in codes:
+            raise ValueError(f"tensor {name}: safetensors hold no {tensor.dtype}")
+        end += tensor.nbytes
+        shape, code = list(tensor.shape), codes[tensor.dtype]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as partial, open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for _, slab in tensors[name].slabs():
+                file.write(np.ascontiguousarray(slab).reshape(-1).view(np.uint8))
+
+
+def copy_shards(
+    folder: str | os.PathLike, tensors: Mapping[str, LazyTensor], shard_bytes: int
+) -> list[Path]:
+    """Writes `model.safetensors`, or shards of at most `shard_bytes` with their index; the files.
+
+    Tensors keep their order; one that is larger than a shard gets a shard of its own.
+    """
+    folder, shards, size = Path(folder), [], math.inf
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, shard in zip(names, shards, strict=True):
+        copy_safetensors(folder / file, shard)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(names, shards) for name in shard},
+        }
+        write_json(folder / "model.safetensors.index.json", index)
+    return [folder / name for name in names]
+
+
 __all__ = [
     "LazyTensor",
     "Report",
     "UnsafePickleError",
+    "copy_safetensors",
+    "copy_shards",
     "find_weight_files",
     "flatten",
     "load_torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from weight_files import arrays, assert_equal
 
 from common_jax.weights import (
     Report,
+    copy_shards,
     flatten,
     open_tensors,
     save_safetensors,
@@ -56,6 +58,36 @@ def test_a_part_of_a_tensor_can_be_read_alone(tmp_path):
     for file in ("m.safetensors", "m.bin"):
         part = open_tensors(tmp_path / file)["a.weight"].read((slice(1, 3), slice(0, 2)))
         np.testing.assert_array_equal(part, arrays()["a.weight"][1:3, :2])
+
+
+@pytest.mark.parametrize("file", ["m.safetensors", "m.bin"])
+def test_slabs_of_a_tensor_are_the_tensor(tmp_path, file):
+    (save_safetensors if file.endswith("s") else save_torch)(tmp_path / file, arrays())
+    for name, tensor in open_tensors(tmp_path / file).items():
+        wanted = arrays()[name]
+        assert tensor.nbytes == wanted.nbytes
+        slabs = list(tensor.slabs(slab_bytes=20))
+        for rows, values in slabs:
+            np.testing.assert_array_equal(values, np.atleast_1d(wanted)[rows])
+            assert values.dtype == wanted.dtype
+        assert sum(len(values) for _, values in slabs) == len(np.atleast_1d(wanted))
+
+
+def test_lazy_tensors_are_copied_bit_for_bit_into_shards_with_their_index(tmp_path):
+    save_torch(tmp_path / "m.bin", arrays())
+    copy_shards(tmp_path / "one", open_tensors(tmp_path / "m.bin"), 1 << 20)
+    copy_shards(tmp_path / "many", open_tensors(tmp_path / "m.bin"), 48)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    public = safetensors.numpy.load_file(tmp_path / "one" / "model.safetensors")
+    assert {n: a.tobytes() for n, a in public.items()} == {
+        n: a.tobytes() for n, a in arrays().items()
+    }
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    held = {name: file.name for file in shards for name in safetensors.numpy.load_file(file)}
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2 and index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays().values())
+    assert_equal(dict(sorted(open_tensors(tmp_path / "many").items())), arrays())
 
 
 def shard(folder: Path, suffix: str) -> None:
