@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from data.images import MAX_NAMED, some_of
 from data.record_boxes import RecordError, settle_box
-from data.record_pictures import look_at, survey
+from data.record_pictures import size_of, survey
 from data.records import Record, RecordSource, check_record, other_size
 
 PLACEHOLDER = "<image>"
@@ -88,7 +88,7 @@ class Gathering:
     def size_of(self, image: str) -> tuple[int, int]:
         """(width, height) from the header. Raises RecordError when there is no such picture."""
         try:
-            return look_at(image).size
+            return size_of(image)
         except FileNotFoundError:
             raise RecordError(f"there is no picture {image}") from None
 
@@ -129,18 +129,18 @@ class Gathering:
 
     def finish(self) -> RecordSource:
         """Looks at the pictures. Raises RecordError when no record is left."""
-        looks = {}
+        sizes = {}
         if self.rules.pictures != "trust":
             images = dict.fromkeys(r.image for r, _ in self._found.values() if r.image)
-            looks = survey(list(images), decoded=self.rules.pictures == "decode")
+            sizes = survey(list(images), decoded=self.rules.pictures == "decode")
         kept = []
         for record, where in self._found.values():
-            look = looks.get(record.image)
-            problem = look if isinstance(look, str) else ""
-            if look is not None and not problem:
-                if record.boxes and record.size not in (None, look.size):
-                    problem = other_size(record, look.size)
-                record = replace(record, size=look.size)
+            size = sizes.get(record.image)
+            problem = size if isinstance(size, str) else ""
+            if size is not None and not problem:
+                if record.boxes and record.size not in (None, size):
+                    problem = other_size(record, size)
+                record = replace(record, size=size)
             if problem:
                 self.refuse(where, problem)
             else:

@@ -14,7 +14,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -26,18 +25,6 @@ from data.scenes import Scene, draw_scene
 
 INSIDE = "!"
 _SCENE = re.compile(r"scene:(\d+)/(\w+)/(\d+)@(\d+)$")
-
-
-@dataclass(frozen=True)
-class Look:
-    """What is known of a picture without decoding it: (width, height), and a mark of its content.
-
-    The mark is the number of bytes of a file, or the checksum of a member where the archive has
-    one.
-    """
-
-    size: tuple[int, int]
-    mark: int
 
 
 def scene_name(seed: int, split: str, index: int, side: int) -> str:
@@ -131,37 +118,53 @@ def _header(file, name: str) -> tuple[int, int]:
         ) from error
 
 
-def look_at(name: str) -> Look:
-    """Size and mark from the header alone. Raises FileNotFoundError or ImageError."""
+def size_of(name: str) -> tuple[int, int]:
+    """(width, height) from the header alone. Raises FileNotFoundError or ImageError."""
     if name.startswith("scene:"):
         found = _SCENE.match(name)
         if not found:
             scene_of(name)
-        side = int(found[4])
-        return Look((side, side), 0)
+        return int(found[4]), int(found[4])
     if INSIDE in name:
-        content = read_member(name)
-        return Look(_header(_Member(content, name), name), len(content))
+        return _header(_Member(read_member(name), name), name)
     state = os.stat(name)
-    return _look_once(name, state.st_size, state.st_mtime_ns)
+    return _size_once(name, state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=1_000_000)
-def _look_once(name: str, size: int, changed: int) -> Look:
-    return Look(_header(name, name), size)
+def _size_once(name: str, size: int, changed: int) -> tuple[int, int]:
+    return _header(name, name)
 
 
-def _try_to_look(name: str) -> Look | str:
+def mark_of(name: str) -> int:
+    """A number that changes with the content, without reading it; -1 for an absent picture.
+
+    The bytes of a file or of a member of a tar archive, the checksum of a member of a zip archive.
+    """
+    if name.startswith("scene:"):
+        return 0
+    path, inside, member = name.partition(INSIDE)
+    if not inside:
+        return os.stat(name).st_size if os.path.exists(name) else -1
+    if path.endswith(".tar"):
+        return _tar_members(path).get(member, (0, -1))[1]
     try:
-        return look_at(name)
+        return _zip(path, os.getpid()).getinfo(member).CRC
+    except KeyError:
+        return -1
+
+
+def _try_size(name: str) -> tuple[int, int] | str:
+    try:
+        return size_of(name)
     except FileNotFoundError:
         return f"there is no picture {name}; check the folder of the pictures"
     except ImageError as error:
         return str(error)
 
 
-def _try_to_read(name: str) -> Look | str:
-    found = _try_to_look(name)
+def _try_to_read(name: str) -> tuple[int, int] | str:
+    found = _try_size(name)
     if isinstance(found, str):
         return found
     try:
@@ -171,15 +174,14 @@ def _try_to_read(name: str) -> Look | str:
     return found
 
 
-def survey(names: Sequence[str], *, decoded: bool = False) -> dict[str, Look | str]:
-    """{picture: what is known of it, or what is wrong with it}; by threads.
+def survey(names: Sequence[str], *, decoded: bool = False) -> dict[str, tuple[int, int] | str]:
+    """{picture: (width, height), or what is wrong with it}; by threads.
 
     decoded=True also decodes every picture, and so finds the truncated ones.
     """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(
-            zip(names, pool.map(_try_to_read if decoded else _try_to_look, names), strict=True)
-        )
+        found = pool.map(_try_to_read if decoded else _try_size, names)
+        return dict(zip(names, found, strict=True))
 
 
 class Finder:

@@ -20,7 +20,7 @@ import numpy as np
 from data.folders import fingerprint_of
 from data.images import some_of
 from data.record_boxes import Box, RecordError
-from data.record_pictures import read_picture, survey
+from data.record_pictures import mark_of, read_picture
 
 TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat")
 LONGEST_CYCLE = 10_000_000
@@ -139,8 +139,7 @@ class RecordSource:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the records and of the sizes of their picture files; not of the folder."""
-        looks = survey(list(dict.fromkeys(r.image for r in self.records if r.image)))
-        marks = {name: getattr(look, "mark", "absent") for name, look in looks.items()}
+        marks = {name: mark_of(name) for name in {r.image for r in self.records if r.image}}
         content = []
         for r in self.records:
             short = "/".join(PurePath(r.image).parts[-2:]) if r.image else ""

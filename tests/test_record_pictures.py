@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.images import ImageError
-from data.record_pictures import Finder, digests, look_at, read_picture, scene_name, survey
+from data.record_pictures import Finder, digests, mark_of, read_picture, scene_name, size_of, survey
 from data.scenes import draw_scene
 from tests.record_sets import draw
 
@@ -31,7 +31,7 @@ def test_a_member_of_an_archive_has_the_pixels_of_the_file(archives):
     for member, file in (("part.zip!images/a.png", "a.png"), ("part.tar!b.png", "b.png")):
         name = f"{root}/{member}"
         assert np.array_equal(read_picture(name), read_picture(str(root / "raw.d" / file)))
-        assert look_at(name).size == (40, 30)
+        assert size_of(name) == (40, 30)
 
 
 def test_faults_in_archives_name_archive_and_member(archives):
@@ -51,9 +51,19 @@ def test_faults_in_archives_name_archive_and_member(archives):
 def test_a_scene_is_drawn_from_its_name():
     name = scene_name(3, "val", 12, 32)
     assert np.array_equal(read_picture(name), draw_scene(3, "val", 12, 32).image)
-    assert look_at(name).size == (32, 32)
+    assert size_of(name) == (32, 32)
     with pytest.raises(ImageError, match="not a scene"):
-        look_at("scene:none")
+        size_of("scene:none")
+
+
+def test_the_mark_of_a_picture_changes_with_its_content_wherever_it_lies(archives):
+    root, picture = archives
+    names = [str(picture), f"{root}/part.zip!images/a.png", f"{root}/part.tar!b.png"]
+    before = [mark_of(name) for name in names]
+    assert min(before) > 0
+    draw(picture, (50, 30))
+    assert mark_of(names[0]) != before[0]
+    assert [mark_of(f"{name}x") for name in names] == [-1, -1, -1]
 
 
 def test_sixteen_bits_become_eight(tmp_path):
@@ -67,7 +77,7 @@ def test_the_survey_says_what_is_wrong_with_each(archives):
     root, picture = archives
     broken, absent = f"{root}/part.zip!images/broken.png", str(root / "none.png")
     found = survey([str(picture), broken, absent])
-    assert found[str(picture)].size == (40, 30)
+    assert found[str(picture)] == (40, 30)
     assert "cannot be read" in found[broken] and "there is no picture" in found[absent]
 
 
