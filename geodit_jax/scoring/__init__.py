@@ -1,0 +1,1 @@
+"""Scorers of generated answers: numpy only, from a file of predictions alone."""
