@@ -4,6 +4,8 @@
     python launch.py eval        --workdir=runs/a [--sweep=timesteps,taps]
     python launch.py extract     --config=... --images=FILE_OR_FOLDER --out=FOLDER
     python launch.py predict     --workdir=runs/a --images=FILE_OR_FOLDER [--out=FOLDER]
+    python launch.py predict     --weights=FOLDER --image=FILE --ask="..." [--history]
+    python launch.py eval        --weights=FOLDER --records=NAME --out=FOLDER
     python launch.py convert     --weights=FOLDER --to=public|flax-diffusers --out=FOLDER
     python launch.py verify      --weights=FOLDER
     python launch.py plan        --config=...
@@ -34,6 +36,7 @@ from ml_collections import ConfigDict, config_flags
 TASKS = {
     "satdifuser_probe": ("satdifuser_jax.probe", "ProbeTask"),
     "satdifuser_pretrain": ("satdifuser_jax.pretrain", "PretrainTask"),
+    "geodit": ("geodit_jax.task", "GeoDiTTask"),
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional :arg.")
@@ -41,8 +44,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same comm
 WEIGHTS = flags.DEFINE_string("weights", None, "Checkpoint folder in the public layout.")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Which one, where a release has several.")
 IMAGES = flags.DEFINE_string("images", None, "A picture or a folder of pictures.")
+flags.DEFINE_alias("image", "images")
+ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).")
+HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
+KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
+DECODE = flags.DEFINE_list("decode", [], "Decoder, as in steps=8,cache=prefix (GeoDiT).")
+RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME or NAME@SPLIT.")
+PREDICTIONS = flags.DEFINE_string("predictions", None, "A predictions.jsonl to score.")
+PROFILE = flags.DEFINE_enum(
+    "metric_profile", "standard", ["standard", "paper_compat"], "How answers are scored."
+)
 OUT = flags.DEFINE_string("out", None, "Where results are written.")
-TO = flags.DEFINE_enum("to", "public", ["public", "flax-diffusers"], "Layout to convert to.")
+TO = flags.DEFINE_enum(
+    "to", "public", ["public", "flax-diffusers", "llava", "llada"], "Layout to convert to."
+)
 FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "array_record"], "Feature file format.")
 SWEEP = flags.DEFINE_list("sweep", [], "Linear probes of single timesteps and/or taps.")
 
@@ -98,7 +113,21 @@ def evaluate() -> int:
     --sweep=timesteps,taps: instead, a linear probe on the features of each timestep and tap alone
     (or of each timestep, or of each tap): sweep.md, sweep.json, sweep.png. With --config the
     WORKDIR of a sweep may be new. Without --config the one in WORKDIR is used.
+    --predictions=FILE: instead, score a prediction file, which is all that it needs.
+    --records=NAME,...: instead, answer record sets with the GeoDiT model in --weights, or the
+    export of --workdir, and score the answers: OUT/predictions.jsonl, OUT/scores.json.
     """
+    if PREDICTIONS.value:
+        from geodit_jax.scoring.score import main_score
+
+        main_score(PREDICTIONS.value, OUT.value and Path(OUT.value) / "scores.json", PROFILE.value)
+        return 0
+    if RECORDS.value:
+        from geodit_jax.inference import score_records
+
+        responder = load_model_that_answers("eval")
+        score_records(responder, RECORDS.value, OUT.value or "scores", PROFILE.value)
+        return 0
     workdir, config = need(WORKDIR, "eval"), find_config("eval")
     if SWEEP.value:
         return make_task(config, "sweep").sweep(workdir, SWEEP.value)
@@ -125,14 +154,45 @@ def predict() -> int:
 
     Prints a table and writes predictions.jsonl; a segmentation head also writes masks/ (class
     numbers) and overlays/. Without --config the one in WORKDIR is used.
+    With --ask (or --images=FILE.jsonl): answers of the GeoDiT model in --weights, or the export of
+    --workdir, in text, with boxes drawn on the picture; --history draws how a text came about.
     """
+    if ASK.value or str(IMAGES.value).endswith((".jsonl", ".json")):
+        from geodit_jax.inference import ask_pictures
+
+        ask_pictures(
+            load_model_that_answers("predict"),
+            need(IMAGES, "predict"),
+            ASK.value or "",
+            OUT.value or "predictions",
+            task=KIND.value if flags.FLAGS["kind"].present else "",
+            history=HISTORY.value,
+        )
+        return 0
     workdir, config = need(WORKDIR, "predict"), find_config("predict")
     task = make_task(config, "predict_images")
     return task.predict_images(workdir, need(IMAGES, "predict"), OUT.value)
 
 
+def load_model_that_answers(verb: str):
+    """The GeoDiT model in --weights, or what the training in --workdir exported."""
+    from geodit_jax.decode_config import parse_decode
+    from geodit_jax.inference import load_responder, responder_of_run
+
+    load = load_responder if WEIGHTS.value else responder_of_run
+    return load(WEIGHTS.value or need(WORKDIR, verb), parse_decode(DECODE.value))
+
+
 def convert() -> int:
-    """Rewrite a pipeline folder: public (safetensors, present names) or flax-diffusers."""
+    """Rewrite a folder: a pipeline as public (safetensors, present names) or flax-diffusers.
+
+    GeoDiT, LLaDA-V or LLaDA: as llava (for transformers users) or llada (text core alone).
+    """
+    if TO.value in ("llava", "llada"):
+        from geodit_jax.convert import convert_folder
+
+        print(convert_folder(need(WEIGHTS, "convert"), need(OUT, "convert"), TO.value))
+        return 0
     from satdifuser_jax.convert import convert_pipeline
 
     weights, out = need(WEIGHTS, "convert"), need(OUT, "convert")
@@ -144,8 +204,14 @@ def verify() -> int:
     """Check a pipeline folder: counts, dtypes, scheduler, one picture through every part.
 
     Where torch and diffusers are installed, each part is compared with theirs. --images: the
-    picture, instead of a built-in pattern. Status 1 when the folder cannot be used.
+    picture, instead of a built-in pattern. Status 1 when the folder cannot be used. Of a GeoDiT,
+    LLaDA-V or LLaDA folder: layout, counts, dtypes and what is left over.
     """
+    if (Path(need(WEIGHTS, "verify")) / "config.json").is_file():
+        from geodit_jax.convert import describe_folder
+
+        print(describe_folder(WEIGHTS.value))
+        return 0
     from data.images import decode
     from satdifuser_jax.verify import verify as check
 
@@ -189,11 +255,12 @@ VERBS = {
     "plan": plan,
     "show_config": show_config,
 }
+ANSWERING = ("weights", "decode", "out")  # of a GeoDiT model
 USED_FLAGS = {
     "train": ("config", "workdir"),
-    "eval": ("workdir", "config", "sweep"),
+    "eval": ("workdir", "config", "sweep", *ANSWERING, "records", "predictions", "metric_profile"),
     "extract": ("config", "images", "out", "format"),
-    "predict": ("workdir", "config", "images", "out"),
+    "predict": ("workdir", "config", "images", *ANSWERING, "ask", "kind", "history"),
     "convert": ("weights", "out", "to", "resolution"),
     "verify": ("weights", "resolution", "images"),
     "plan": ("config",),
@@ -208,7 +275,7 @@ def describe(argv: list[str]) -> str:
     function = VERBS.get(verb, sys.modules[__name__])
     used = USED_FLAGS.get(verb, ALL_FLAGS)
     lines = [f"python launch.py {verb or 'VERB'} [flags]", "", inspect.getdoc(function), ""]
-    lines += [f"  --{name:<12}{flags.FLAGS[name].help}" for name in used]
+    lines += [f"  --{name:<16}{flags.FLAGS[name].help}" for name in used]
     if "config" in used:
         lines += ["", "Every setting: python launch.py show_config --config=configs/NAME.py"]
     return "\n".join(lines)
@@ -243,7 +310,8 @@ def name_setting(argv: list[str], text: str) -> str:
 def check_config_file() -> None:
     name = flags.FLAGS["config"].config_filename if CONFIG.present else None
     if name and not Path(name.partition(":")[0]).is_file():
-        known = ", ".join(sorted(str(path) for path in Path("configs").glob("[a-z]*_*.py")))
+        files = [p for p in Path("configs").glob("*.py") if "def get_config" in p.read_text()]
+        known = ", ".join(sorted(map(str, files)))
         raise ValueError(f"--config={name}: there is no such file; known: {known}")
 
 
