@@ -96,6 +96,16 @@ def _grounding(pairs, base: Record, gathering: Gathering) -> Iterator[Record]:
         yield replace(base, task="grounding", question=answer.rstrip("."), boxes=boxes, size=size)
 
 
+def singular(words: str, number: int) -> str:
+    """The class of `13 ships` is `ship`: regular English plurals lose their ending."""
+    words = normalise_class(words)
+    if number == 1 or not words.endswith("s") or words.endswith(("ss", "us")):
+        return words
+    if words.endswith("ies"):
+        return f"{words[:-3]}y"
+    return words[:-2] if words.endswith(("ses", "xes", "ches", "shes")) else words[:-1]
+
+
 def _detection(pairs, base: Record, gathering: Gathering) -> Iterator[Record]:
     size = gathering.size_of(base.image)
     for _, answer in pairs:
@@ -106,6 +116,7 @@ def _detection(pairs, base: Record, gathering: Gathering) -> Iterator[Record]:
             boxes = _square_boxes(numbers, size)
             if len(boxes) != int(number):
                 raise RecordError(f"'{kind}': says {number}, lists {len(boxes)} boxes")
+            kind = singular(kind, len(boxes))
             labels = (kind,) * len(boxes)
             yield replace(
                 base, task="detection", question=kind, boxes=boxes, labels=labels, size=size

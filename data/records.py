@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -140,10 +139,12 @@ class RecordSource:
     def fingerprint(self) -> str:
         """Identity of the records and of the sizes of their picture files; not of the folder."""
         marks = {name: mark_of(name) for name in {r.image for r in self.records if r.image}}
+        rest = [field.name for field in fields(Record) if field.name != "image"]
         content = []
         for r in self.records:
-            short = "/".join(PurePath(r.image).parts[-2:]) if r.image else ""
-            content.append(f"{astuple(replace(r, image=short))} {marks.get(r.image, '')}")
+            short = "/".join((r.image or "").replace("\\", "/").rsplit("/", 2)[-2:])
+            values = [getattr(r, name) for name in rest]
+            content.append(f"{values} {short} {marks.get(r.image, '')}")
         return fingerprint_of(self.name, content)
 
     def __getstate__(self) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data.gathering import Rules
-from data.mmrs import is_optical, read_mmrs
+from data.mmrs import is_optical, read_mmrs, singular
 from data.record_boxes import RecordError
 from tests.record_sets import draw, write_whole
 
@@ -73,7 +73,7 @@ def test_tasks_are_taken_out_of_the_conversations(root):
 def test_detection_answers_become_one_record_a_class_with_boxes_fixed(root):
     source = read_mmrs(root, parts=("detection",), form="task")
     ships, docks = source.records
-    assert ships.question == "ships" and ships.labels == ("ships", "ships")
+    assert ships.question == "ship" and ships.labels == ("ship", "ship")
     assert ships.boxes[1] == pytest.approx((99.5, 50, 100.5, 70))  # rounded to no width
     assert docks.boxes[0] == pytest.approx((0, 0, 200, 100))  # rounded beyond the frame
     assert source.counts["box widened to a pixel"] == 1
@@ -90,6 +90,19 @@ def test_a_detection_answer_that_contradicts_itself_is_refused(root):
     write_whole(path, [row("detection/a.jpg", "x", "nothing")])
     with pytest.raises(RecordError, match="need <p>NUMBER CLASS</p>"):
         read_mmrs(root, parts=("detection",), form="task")
+
+
+def test_the_class_is_the_same_word_for_one_object_and_for_many():
+    for one, many in (
+        ("ship", "ships"),
+        ("tennis court", "tennis-courts"),
+        ("overpass", "overpasses"),
+        ("bus", "buses"),
+        ("ferry", "ferries"),
+        ("chimney", "chimneys"),
+    ):
+        assert singular(one, 1) == singular(many, 2) == one
+    assert singular("golf course", 0) == "golf course" and singular("bus", 2) == "bus"
 
 
 def test_other_sensors_are_read_only_when_asked_for(root):

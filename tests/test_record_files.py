@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from data.gathering import Rules
@@ -43,6 +46,18 @@ def test_every_task_is_read(folder):
     assert found[5].task == "chat" and found[6].image is None
     assert found[1].id == "set-000001" and found[1].dataset == "set"
     assert source[3]["image"].shape == (100, 200, 3)
+
+
+def test_the_lines_of_the_documentation_are_read(tmp_path):
+    docs = Path(__file__).parent.parent / "docs" / "data.md"
+    lines = re.search(r"### Your own records.*?```json\n(.*?)```", docs.read_text(), re.S)[1]
+    draw(tmp_path / "a.png", (100, 100))
+    (tmp_path / "set.jsonl").write_text(lines)
+    source = read_records(tmp_path / "set.jsonl")
+    assert [r.task for r in source.records] == [
+        "caption", "vqa", "classification", "grounding", "detection", "chat",
+    ]  # fmt: skip
+    assert not source.counts
 
 
 def test_written_records_are_read_back_equal(folder):

@@ -116,6 +116,12 @@ def test_a_mix_holds_the_ratio_in_every_cycle_and_sees_every_record(tmp_path):
     assert [r.id for r in mixed.records] == ids
 
 
+def test_a_source_is_spread_evenly_over_a_mix(tmp_path):
+    mixed = mix([numbered(tmp_path, "a", 10), numbered(tmp_path, "b", 4)], [5, 2])
+    kinds = "".join(record.id[0] for record in mixed.records)
+    assert kinds == "abaaaba" * 2  # never two of the rare one within three
+
+
 def test_a_mix_is_the_same_in_any_order_of_access_and_after_pickling(tmp_path):
     mixed = mix([numbered(tmp_path, "a", 5), numbered(tmp_path, "b", 3)], [2, 3])
     there = [mixed[i]["id"] for i in range(len(mixed))]

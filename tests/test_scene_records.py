@@ -29,6 +29,8 @@ def test_kinds_take_turns_and_every_record_fits_its_task(source):
         for x0, y0, x1, y1 in record.boxes:
             assert 0 <= x0 < x1 <= SIDE and 0 <= y0 < y1 <= SIDE
     assert len({record.id for record in source.records}) == len(source)
+    # A scene passed over is replaced by one that no other record of the kind shows.
+    assert len({(record.task, record.image) for record in source.records}) == len(source)
 
 
 def test_a_record_is_true_of_the_scene_it_names(source):
