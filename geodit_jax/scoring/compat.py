@@ -150,11 +150,11 @@ def image_f1(predicted, truth, threshold: float = 0.5) -> float:
 # ---------------------------------------------------------------------------------------- answers
 def score_classification(rows: Sequence[Row], codec: str | None = None) -> Scores:
     """The class, without `_`, `-` and spaces, is a substring of the answer."""
-    right = [any(strip(a) in strip(r.prediction) for a in r.answers) for r in rows]
+    right = [any(bare(a) in bare(r.prediction) for a in r.answers) for r in rows]
     return measure_means({"accuracy_substring": right}, [row.picture for row in rows]), {}
 
 
-def strip(answer: str) -> str:
+def bare(answer: str) -> str:
     """Lower case without underscores, hyphens and spaces."""
     return re.sub(r"[_\- ]", "", answer.lower())
 
