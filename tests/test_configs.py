@@ -6,16 +6,28 @@ from pathlib import Path
 import pytest
 
 from common_jax.workdir import flatten_config
-from configs import satdifuser_pretrain, satdifuser_probe
+from configs import (
+    geodit_align,
+    geodit_pretrain,
+    geodit_sft,
+    satdifuser_pretrain,
+    satdifuser_probe,
+)
 from configs.base import parse_arg
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = {"probe": satdifuser_probe, "pretrain": satdifuser_pretrain}
+FAMILIES = {
+    "probe": satdifuser_probe,
+    "pretrain": satdifuser_pretrain,
+    "geodit_align": geodit_align,
+    "geodit_sft": geodit_sft,
+    "geodit_pretrain": geodit_pretrain,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_leaf_of_every_config_is_read_somewhere(family):
-    folders = ("common_jax", "satdifuser_jax")
+    folders = ("common_jax", "geodit_jax" if family.startswith("geodit") else "satdifuser_jax")
     files = [p for folder in folders for p in (ROOT / folder).glob("*.py")]
     text = "\n".join(p.read_text() for p in files) + (ROOT / "launch.py").read_text()
     for name in flatten_config(FAMILIES[family].get_config()):
@@ -53,3 +65,19 @@ def test_arguments_are_words_or_choices_and_unknown_ones_are_listed():
         parse_arg("tiny=1", allowed)
     with pytest.raises(ValueError, match="write it as fuser=VALUE"):
         parse_arg("fuser", allowed)
+
+
+def test_geodit_in_full_size_has_the_values_of_the_paper():
+    align, sft = (c.get_config("size=8b") for c in (geodit_align, geodit_sft))
+    assert (align.batch_size, align.optim.lr) == (96, 1e-3)
+    assert (sft.batch_size, sft.optim.lr) == (24, 1e-5)
+    for c in (align, sft):
+        assert (c.optim.name, c.optim.b1, c.optim.b2, c.optim.weight_decay) == (
+            "adamw",
+            0.9,
+            0.95,
+            0,
+        )
+        assert (c.optim.schedule, c.optim.warmup_share, c.optim.min_lr) == ("cosine", 0.03, 0)
+        assert (c.optim.epochs, c.optim.steps, c.optim.clip) == (1, 0, 1)
+        assert (c.answer.caption, c.answer.detection, c.answer.vqa) == (16, 32, 8)
