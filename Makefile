@@ -1,11 +1,12 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make quickstart   train, probe and print results on built-in scenes
+#   (make quickstart-geodit: the same for the vision-language model)
 #   make test         the whole test suite and the linter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint slow lock clean
+.PHONY: quickstart quickstart-geodit test lint slow lock clean
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -24,6 +25,9 @@ $(VENV)/.test: requirements-test.lock $(VENV)/.runtime
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/python -m examples.quickstart --workdir=runs/quickstart
+
+quickstart-geodit: $(VENV)/.runtime
+	$(BIN)/python -m examples.quickstart_geodit --workdir=runs/quickstart_geodit
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

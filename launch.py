@@ -44,7 +44,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same comm
 WEIGHTS = flags.DEFINE_string("weights", None, "Checkpoint folder in the public layout.")
 RESOLUTION = flags.DEFINE_integer("resolution", None, "Which one, where a release has several.")
 IMAGES = flags.DEFINE_string("images", None, "A picture or a folder of pictures.")
-flags.DEFINE_alias("image", "images")
+IMAGE = flags.DEFINE_string("image", None, "One picture to ask about (GeoDiT).")
 ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).")
 HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
 KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
@@ -162,7 +162,7 @@ def predict() -> int:
 
         ask_pictures(
             load_model_that_answers("predict"),
-            need(IMAGES, "predict"),
+            IMAGE.value or need(IMAGES, "predict"),
             ASK.value or "",
             OUT.value or "predictions",
             task=KIND.value if flags.FLAGS["kind"].present else "",
@@ -260,7 +260,7 @@ USED_FLAGS = {
     "train": ("config", "workdir"),
     "eval": ("workdir", "config", "sweep", *ANSWERING, "records", "predictions", "metric_profile"),
     "extract": ("config", "images", "out", "format"),
-    "predict": ("workdir", "config", "images", *ANSWERING, "ask", "kind", "history"),
+    "predict": ("workdir", "config", "images", "image", *ANSWERING, "ask", "kind", "history"),
     "convert": ("weights", "out", "to", "resolution"),
     "verify": ("weights", "resolution", "images"),
     "plan": ("config",),
