@@ -11,7 +11,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "chunked")
+IMPLEMENTATIONS = ("auto", "inference", "xla", "cudnn", "chunked", "sliced")
 # With fewer scores per head, XLA's batched matmul is as fast on a CPU as the loop over heads; with
 # 1024 x 1024 it is six times slower.
 CHUNKED_FROM_SCORES = 256 * 256
@@ -35,18 +35,21 @@ def attend(
     earlier turns.
     `chunked` maps over batch x heads and keeps no scores for the backward pass; `auto` takes it
     on a CPU for long sequences, cudnn on a GPU where the kernel accepts the inputs, else xla.
+    `inference` does as `auto` with `sliced` in place of `chunked`: it copies no inputs, which
+    makes the forward pass faster and the backward pass slower.
     An implementation asked for that cannot take the inputs gives way to xla, with one warning.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is unknown; use one of {IMPLEMENTATIONS}")
     if q.shape[2:] != k.shape[2:] or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(f"attention over q {q.shape}, k {k.shape}, v {v.shape}: shapes disagree")
-    if implementation == "auto":
+    if implementation in ("auto", "inference"):
+        on_cpu = _attend_chunked if implementation == "auto" else _attend_sliced
         implementation = "xla" if _cudnn_obstacle(q) else "cudnn"
         if q.shape[1] * k.shape[1] >= CHUNKED_FROM_SCORES:
             # Decided when lowering: a program compiled for another platform keeps its kernel.
             return jax.lax.platform_dependent(
-                cpu=lambda: _attend_chunked(q, k, v, lengths, causal, turns),
+                cpu=lambda: on_cpu(q, k, v, lengths, causal, turns),
                 default=lambda: _attend_whole(q, k, v, lengths, causal, turns, implementation),
             )
     if implementation == "cudnn":
@@ -54,8 +57,9 @@ def attend(
         if obstacle:
             _warn_once(f"attention: cudnn cannot take {obstacle}; using xla")
             implementation = "xla"
-    if implementation == "chunked":
-        return _attend_chunked(q, k, v, lengths, causal, turns)
+    if implementation in ("chunked", "sliced"):
+        by_parts = _attend_chunked if implementation == "chunked" else _attend_sliced
+        return by_parts(q, k, v, lengths, causal, turns)
     return _attend_whole(q, k, v, lengths, causal, turns, implementation)
 
 
@@ -109,6 +113,75 @@ def _attend_chunked(q, k, v, lengths, causal, turns) -> jax.Array:
     of_rows = jax.tree.map(lambda x: jnp.repeat(x, heads, axis=0), (lengths, turns))
     out = jax.lax.map(jax.checkpoint(one_head), (*by_head, *of_rows))
     return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2)
+
+
+def _attend_sliced(q, k, v, lengths, causal, turns) -> jax.Array:
+    """Two heads of one image at a time, cut from where they lie: no transposed copies."""
+    batch, queries, heads, width = q.shape
+    keys, count = k.shape[1], 2 - heads % 2
+    masked = lengths is not None or causal or turns is not None
+    lengths = jnp.full((batch,), keys) if lengths is None else lengths
+    lengths, turns = jax.tree.map(jnp.asarray, (lengths, turns))  # a traced row cuts no numpy
+    scale = 1 / math.sqrt(width)
+
+    def some_heads(place):
+        row, head = place // (heads // count), place % (heads // count) * count
+
+        def cut(x):
+            return jax.lax.dynamic_slice(x, (row, 0, head, 0), (1, x.shape[1], count, width))[0]
+
+        scores = jnp.einsum("nhd,mhd->hnm", cut(q), cut(k), preferred_element_type=jnp.float32)
+        scores = scores * scale
+        if masked:
+            own_turns = jax.tree.map(lambda x: x[row], turns)
+            visible = _visible(queries, keys, lengths[row], causal, own_turns)
+            scores = jnp.where(visible, scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        h = jnp.einsum("hnm,mhd->hnd", weights.astype(v.dtype), cut(v))
+        # Dividing values is less work than dividing scores.
+        return (h / weights.sum(-1, keepdims=True)).astype(q.dtype)
+
+    out = jax.lax.map(some_heads, jnp.arange(batch * heads // count))
+    return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2)
+
+
+def attend_kept(
+    q: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    kept: tuple[jax.Array, jax.Array],
+    *,
+    lengths: jax.Array | None = None,
+    turns: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """A few queries q [B,N,H,D] over keys and values of their own and many kept ones.
+
+    own: k and v [B,O,K,D]. kept: k [B,K,D,M] and v [B,K,M,D], the layouts that matmuls read
+    without a copy, behind the own ones for `lengths` [B] and `turns` ([B,N], [B,O+M]), which mean
+    what they do in `attend`. K divides H. Nothing is concatenated: both parts share one softmax.
+    """
+    batch, queries, heads, width = q.shape
+    groups, first = own[0].shape[2], own[0].shape[1]
+    q = q.reshape(batch, queries, groups, heads // groups, width)
+    scale, wide = 1 / math.sqrt(width), jnp.float32
+    new = jnp.einsum("bnghd,bmgd->bgnhm", q, own[0], preferred_element_type=wide) * scale
+    old = jnp.einsum("bnghd,bgdm->bgnhm", q, kept[0], preferred_element_type=wide) * scale
+    keys = first + old.shape[-1]
+    if lengths is not None or turns is not None:
+        length = jnp.full((batch,), keys) if lengths is None else lengths
+        visible = (jnp.arange(keys) < length[:, None])[:, None]
+        if turns is not None:
+            visible &= turns[1][:, None] <= turns[0][:, :, None]
+        visible = visible[:, None, :, None]
+        new = jnp.where(visible[..., :first], new, -jnp.inf)
+        old = jnp.where(visible[..., first:], old, -jnp.inf)
+    top = jnp.maximum(new.max(-1), old.max(-1))[..., None]
+    new, old = jnp.exp(new - top), jnp.exp(old - top)
+    total = (new.sum(-1) + old.sum(-1))[..., None]
+    h = jnp.einsum("bgnhm,bmgd->bgnhd", new.astype(q.dtype), own[1]) + jnp.einsum(
+        "bgnhm,bgmd->bgnhd", old.astype(q.dtype), kept[1]
+    )
+    h = jnp.moveaxis((h / total).astype(q.dtype), 1, 2)
+    return h.reshape(batch, queries, heads, width)
 
 
 def _visible(queries: int, keys: int, length: jax.Array, causal: bool, turns) -> jax.Array:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common_jax.attention import attend
+from common_jax.attention import attend, attend_kept
 from common_jax.layers import Linear, RMSNorm
 from geodit_jax.config import TextConfig
 
@@ -25,7 +25,8 @@ REMAT = ("none", "dots", "full")
 
 
 class KeyValues(NamedTuple):
-    """Rotated keys and values [B,M,K,E] of one layer; [L,B,M,K,E], or a tuple, of all."""
+    """Rotated keys [B,K,E,M] and values [B,K,M,E] of one layer; of all with a leading L or as a
+    tuple. The layouts are those that `attend_kept` reads without a copy."""
 
     k: Any
     v: Any
@@ -76,20 +77,17 @@ class SelfAttention(nn.Module):
         v = project("v_proj", x, config.kv_heads)
         x, angles = x[:, :rows], tuple(part[:, :rows] for part in angles)
         q = rotate(project("q_proj", x, config.heads), angles, config.rope_cast)
-        keys, values = k, v
-        if past is not None:
-            keys = jnp.concatenate([k, past.k], axis=1)
-            values = jnp.concatenate([v, past.v], axis=1)
-        if config.kv_heads < config.heads:
-            share = config.heads // config.kv_heads
-            keys, values = (jnp.repeat(part, share, axis=2) for part in (keys, values))
         turns = seen.turns and (seen.turns[0][:, :rows], seen.turns[1])
-        h = attend(
-            q, keys, values, lengths=seen.lengths, turns=turns, implementation=self.attention
-        )
+        hidden = {"lengths": seen.lengths, "turns": turns}
+        if past is not None:
+            h = attend_kept(q, (k, v), past, **hidden)
+        else:
+            share = config.heads // config.kv_heads
+            keys, values = (jnp.repeat(x, share, axis=2) if share > 1 else x for x in (k, v))
+            h = attend(q, keys, values, implementation=self.attention, **hidden)
         h = h.reshape(*h.shape[:2], config.width)
         out = Linear(config.width, use_bias=False, dtype=dtype, name="o_proj")(h)
-        return out, KeyValues(k, v)
+        return out, (k, v)
 
 
 class MLP(nn.Module):
@@ -106,7 +104,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x [B,N,D] -> (hidden states of the first `rows` tokens, keys and values of all N).
+    """x [B,N,D] -> (hidden states of the first `rows` tokens, (k, v) [B,N,K,E] of all N).
 
     `past`: keys and values of tokens outside x, which stand behind those of x.
     """
@@ -186,7 +184,7 @@ def run(
     def apply(layer, x, past, rows):
         x, own = block.apply({"params": layer}, x, angles, past, seen, rows)
         behind = rows if rows is not None else first
-        return x, KeyValues(own.k[:, behind:], own.v[:, behind:]) if keep else None
+        return x, _keep(*own, behind) if keep else None
 
     first = 0 if rows is None else rows
     if remat != "none":
@@ -202,6 +200,11 @@ def run(
     else:
         x, kept = _run_trimmed(apply, layers, x, past, rows)
     return RMSNorm(config.eps).apply({"params": core["norm"]}, x), kept
+
+
+def _keep(k: jax.Array, v: jax.Array, start: int) -> KeyValues:
+    """Keys and values [B,N,K,E] from token `start` on, as `past` takes them."""
+    return KeyValues(k[:, start:].transpose(0, 2, 3, 1), v[:, start:].transpose(0, 2, 1, 3))
 
 
 def _run_unrolled(apply, layers, x, past, rows):

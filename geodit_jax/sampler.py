@@ -157,6 +157,7 @@ def _look(core, config, decode, given: _Given, progress: Progress, past):
         past=past,
         rows=own,
         keep=past is None and decode.passes_per_prefix != 1,
+        attention="inference",
     )
     logits = llada.logits(core, hidden[:, : decode.length])
     if decode.guidance:

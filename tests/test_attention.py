@@ -12,7 +12,7 @@ import torch
 from conftest import rel_error
 
 from common_jax import attention
-from common_jax.attention import attend
+from common_jax.attention import attend, attend_kept
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 12, 10, 3, 8
 
@@ -39,7 +39,7 @@ def reference(q, k, v, lengths=None, causal=False, turns=None):
     return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
+@pytest.mark.parametrize("implementation", ["auto", "inference", "xla", "chunked", "sliced"])
 @pytest.mark.parametrize("masking", ["none", "lengths", "causal", "both"])
 def test_attention_equals_the_formula(implementation, masking):
     causal = masking in ("causal", "both")
@@ -55,7 +55,7 @@ TURNS = (
 )
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
+@pytest.mark.parametrize("implementation", ["auto", "inference", "xla", "chunked", "sliced"])
 @pytest.mark.parametrize("lengths", [None, np.array([4, KEYS])], ids=["all", "lengths"])
 def test_a_query_sees_its_own_and_earlier_turns(implementation, lengths):
     q, k, v = inputs()
@@ -69,8 +69,26 @@ def test_attention_equals_torch():
     q, k, v = inputs()
     tensors = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
-    for implementation in ("xla", "chunked"):
+    for implementation in ("xla", "chunked", "sliced"):
         assert rel_error(attend(q, k, v, implementation=implementation), expected) < 2e-6
+
+
+def test_heads_are_sliced_in_pairs_where_their_number_is_even():
+    q, k, v = (x.repeat(2, axis=2) * np.arange(1, 7)[:, None] for x in inputs())
+    lengths = np.array([4, KEYS])
+    out = attend(q, k, v, lengths=lengths, turns=TURNS, implementation="sliced")
+    assert rel_error(out, reference(q, k, v, lengths, turns=TURNS)) < 2e-6
+
+
+@pytest.mark.parametrize("lengths", [None, np.array([8, KEYS])], ids=["all", "lengths"])
+@pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
+def test_kept_keys_are_seen_as_if_they_stood_behind_the_own_ones(lengths, turns):
+    q, k, v = inputs()
+    own, first = [x[:, :4, :1] for x in (k, v)], 4  # one group for all heads
+    kept = k[:, first:, :1].transpose(0, 2, 3, 1), v[:, first:, :1].transpose(0, 2, 1, 3)
+    out = attend_kept(q, own, kept, lengths=lengths, turns=turns)
+    k, v = (x[:, :, :1].repeat(HEADS, axis=2) for x in (k, v))
+    assert rel_error(out, reference(q, k, v, lengths, turns=turns)) < 2e-6
 
 
 @pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
@@ -93,7 +111,7 @@ def test_a_key_beyond_its_length_changes_nothing():
     lengths = np.array([4, 7])
     changed = v.copy()
     changed[0, 4:] = changed[1, 7:] = 1e3
-    for implementation in ("xla", "chunked"):
+    for implementation in ("xla", "chunked", "sliced"):
         before = attend(q, k, v, lengths=lengths, implementation=implementation)
         after = attend(q, k, changed, lengths=lengths, implementation=implementation)
         np.testing.assert_array_equal(before, after)
@@ -109,7 +127,7 @@ def test_a_cpu_loops_over_heads_only_where_sequences_are_long():
 
 def test_low_precision_inputs_keep_their_dtype():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
-    for implementation in ("xla", "chunked"):
+    for implementation in ("xla", "chunked", "sliced"):
         out = attend(q, k, v, implementation=implementation)
         assert out.dtype == jnp.bfloat16
         assert rel_error(out.astype(jnp.float32), reference(q, k, v)) < 2e-2

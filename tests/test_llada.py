@@ -220,11 +220,11 @@ def test_scanned_unrolled_and_trimmed_layers_give_the_same(core, embeds, full, r
     hidden, kept = run(layers, embeds, rows=rows, keep=True)
     assert rel_error(hidden, full[0][:, :rows]) < 1e-5
     behind = 0 if rows is None else rows
-    for found, expected in zip(kept, full[1]):
-        found = np.stack(found)
-        assert found.shape == (3, BATCH, TOKENS - behind, 2, 8)
-        if found.size:
-            assert rel_error(found, expected[:, :, behind:]) < 1e-5
+    assert np.stack(kept.k).shape == (3, BATCH, 2, 8, TOKENS - behind)
+    assert np.stack(kept.v).shape == (3, BATCH, 2, TOKENS - behind, 8)
+    if behind < TOKENS:
+        assert rel_error(np.stack(kept.k), full[1].k[..., behind:]) < 1e-5
+        assert rel_error(np.stack(kept.v), full[1].v[..., behind:, :]) < 1e-5
 
 
 def test_nothing_is_kept_unless_asked_for(core, embeds):
