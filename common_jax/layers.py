@@ -44,6 +44,7 @@ class LayerNorm(nn.Module):
         gain = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         return (centred * gain * scale + bias).astype(x.dtype)
 
+
 class RMSNorm(nn.Module):
     """Divide the last axis by its root mean square, in float32; keeps x's dtype."""
 
