@@ -48,7 +48,7 @@ class LazyTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def slabs(self, slab_bytes: int = 4 << 20) -> Iterator[tuple[slice, np.ndarray]]:
+    def slabs(self, slab_bytes: int = 1 << 20) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, values) of about `slab_bytes` each, in order; a scalar is one slab."""
         if not self.shape:
             yield slice(0, 1), self.read().reshape(1)
