@@ -193,13 +193,13 @@ def match_folder(
     for part in ("projector", "newline"):
         if config.tower is None or source.has(part):
             continue
-        if part == "newline" and "unpad" not in config.merge:
+        if seed is not None:
+            tensors |= _draw(config, seed, part, _main_dtype(source))
+            advice.append(f"-> no {part} in the files: drawn from seed {seed}")
+        elif part == "newline" and "unpad" not in config.merge:
             zeros = np.zeros(config.text.width, _main_dtype(source))
             tensors[Place("newline/embedding")] = _from_array(zeros, "newline/embedding")
             advice.append(f"-> no newline vector, and merge={config.merge} reads none: zeros")
-        elif seed is not None:
-            tensors |= _draw(config, seed, part, _main_dtype(source))
-            advice.append(f"-> no {part} in the files: drawn from seed {seed}")
         else:
             advice.append(f"-> no {part} in the files: give projector_file=, or seed= to draw one")
     leaves, missing, misshapen, used = [], {}, [], set()
