@@ -160,7 +160,7 @@ def run(
     core: Tree,
     config: TextConfig,
     x: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | tuple[jax.Array, jax.Array],
     *,
     seen: Seen = ALL_SEEN,
     past: KeyValues | None = None,
@@ -171,7 +171,9 @@ def run(
 ) -> tuple[jax.Array, KeyValues | None]:
     """Hidden states after the final norm.
 
-    x [B,N,D] embeddings, positions [B,N] int. Returns (hidden [B,rows,D], kept).
+    x [B,N,D] embeddings, positions [B,N] int. Returns (hidden [B,rows,D], kept). A loop over calls
+    gives `rotary(positions)` made outside: inside, XLA would fuse it into every layer and compute
+    each cosine again for each head.
     rows: only the first `rows` tokens are wanted; the last block then computes nothing else.
     keep: return the keys and values of the tokens behind `rows`, for `past` of later calls.
     remat: what the backward pass computes again, `none`, `dots` (all but matmuls) or `full`.
@@ -179,7 +181,9 @@ def run(
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}: use one of {REMAT}")
     block = Block(config, attention)
-    angles = rotary(positions, config.head_width, config.rope_theta)
+    angles = positions
+    if not isinstance(positions, tuple):
+        angles = rotary(positions, config.head_width, config.rope_theta)
 
     def apply(layer, x, past, rows):
         x, own = block.apply({"params": layer}, x, angles, past, seen, rows)

@@ -47,7 +47,7 @@ class _Given(NamedTuple):
 
     prefix: jax.Array  # [G,P,D]
     suffix: jax.Array  # [G,F,D]
-    positions: jax.Array  # [G,L+F+P]
+    angles: tuple[jax.Array, jax.Array]  # of the rotation, [G,L+F+P,1,E/2]
     lengths: jax.Array | None  # [G] keys that are seen
 
 
@@ -122,7 +122,7 @@ _decode = jit(_decode, static_argnums=(4, 5, 6, 7))
 
 def _arrange(core, config, decode, prefix, lengths, suffix_ids) -> _Given:
     """Positions and fixed embeddings; guidance adds rows whose fixed tokens are masks."""
-    rows, width, dtype = *prefix.shape[:2], prefix.dtype
+    rows, width, dtype, text = *prefix.shape[:2], prefix.dtype, config.text
     full = jnp.full((rows,), width) if lengths is None else lengths
     own = jnp.arange(decode.length + len(suffix_ids))
     behind = jnp.broadcast_to(jnp.arange(width), (rows, width))
@@ -130,7 +130,8 @@ def _arrange(core, config, decode, prefix, lengths, suffix_ids) -> _Given:
     suffix = llada.embed(core, jnp.asarray(suffix_ids, jnp.int32), dtype)
     suffix = jnp.broadcast_to(suffix, (rows, *suffix.shape))
     seen = None if lengths is None else lengths + len(own)
-    given = _Given(prefix, suffix, positions, seen)
+    angles = llada.rotary(positions, text.head_width, text.rope_theta)
+    given = _Given(prefix, suffix, angles, seen)
     if not decode.guidance:
         return given
     mask = llada.embed(core, config.tokens.mask, dtype)
@@ -152,7 +153,7 @@ def _look(core, config, decode, given: _Given, progress: Progress, past):
         core,
         config.text,
         x,
-        given.positions[:, : x.shape[1]],
+        tuple(part[:, : x.shape[1]] for part in given.angles),
         seen=llada.Seen(given.lengths, _turns(config, decode, given, progress, x.shape[1])),
         past=past,
         rows=own,
@@ -170,7 +171,7 @@ def _turns(config, decode, given: _Given, progress: Progress, queries: int):
     """Turns that hide the answer from the prefix, or what lies behind the end from all."""
     if not (config.prefix_lm or decode.length_mode == "auto"):
         return None
-    rows, keys = given.positions.shape
+    rows, keys = given.angles[0].shape[:2]
     turns = jnp.ones((rows, keys), jnp.int32)
     if decode.length_mode == "auto":
         copies = rows // progress.end.shape[0]
