@@ -7,6 +7,7 @@ starts, and the hash of the pixels tells which pictures are the same whatever th
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -61,6 +62,25 @@ def decode(path: str | os.PathLike) -> np.ndarray:
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         height, width = pixels.shape[:2]
         raise ImageError(f"{path}: {height}x{width} pixels; need at least {SMALLEST_SIDE} a side")
+    return pixels
+
+
+class NamedBytes(io.BytesIO):
+    """Bytes that know where they came from, so that messages name it."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.source_name = name
+
+    def __str__(self) -> str:
+        return self.source_name
+
+
+def decode_8bit(source: str | os.PathLike | NamedBytes) -> np.ndarray:
+    """uint8 [H, W, 3] of a file or of bytes; 16-bit values are divided by 257."""
+    pixels = decode(source)
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(pixels * np.float32(255)).astype(np.uint8)
     return pixels
 
 

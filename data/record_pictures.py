@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import tarfile
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data.images import ImageError, decode, digest_of, is_image
+from data.images import ImageError, NamedBytes, decode_8bit, digest_of, is_image
 from data.scenes import Scene, draw_scene
 
 INSIDE = "!"
@@ -38,17 +37,6 @@ def scene_of(name: str) -> Scene:
         raise ImageError(f"{name}: not a scene; write scene:SEED/SPLIT/INDEX@SIDE")
     seed, split, index, side = found.groups()
     return draw_scene(int(seed), split, int(index), int(side))
-
-
-class _Member(io.BytesIO):
-    """Bytes that know where they came from, so that messages name it."""
-
-    def __init__(self, content: bytes, name: str):
-        super().__init__(content)
-        self.source_name = name
-
-    def __str__(self) -> str:
-        return self.source_name
 
 
 @lru_cache(maxsize=64)
@@ -102,10 +90,7 @@ def read_picture(name: str) -> np.ndarray:
     """uint8 [H, W, 3]; 16-bit values are divided by 257. Raises ImageError naming the picture."""
     if name.startswith("scene:"):
         return scene_of(name).image
-    pixels = decode(_Member(read_member(name), name) if INSIDE in name else name)
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels * np.float32(255)).astype(np.uint8)
-    return pixels
+    return decode_8bit(NamedBytes(read_member(name), name) if INSIDE in name else name)
 
 
 def _header(file, name: str) -> tuple[int, int]:
@@ -126,7 +111,7 @@ def size_of(name: str) -> tuple[int, int]:
             scene_of(name)
         return int(found[4]), int(found[4])
     if INSIDE in name:
-        return _header(_Member(read_member(name), name), name)
+        return _header(NamedBytes(read_member(name), name), name)
     state = os.stat(name)
     return _size_once(name, state.st_size, state.st_mtime_ns)
 

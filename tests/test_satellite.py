@@ -1,0 +1,123 @@
+"""Pictures with captions and metadata: what an example holds, faults, order of batches."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import ImageError
+from data.pipeline import eval_batches, train_batches
+from data.satellite import SatelliteSource, metadata_vector, open_satellite, read_date
+from data.transforms import normalise_metadata
+from data.wording import DrawCaption
+
+HEADER = ["path", "caption", "longitude", "latitude", "gsd", "cloud_cover", "date"]
+
+
+def draw(path, value: int, size=(12, 9)):
+    """A picture of one colour; size is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 2 * value, 255 - value)).save(path)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Ten pictures and their CSV file; the third has no metadata but its longitude."""
+    rows = []
+    for k in range(10):
+        draw(tmp_path / f"{k}.png", 10 * k)
+        rows.append([f"{k}.png", f"field {k}", k, -k, 0.5, 0.25, "2019-08-31"])
+    rows[2] = ["2.png", "", 2, "", "", "", ""]
+    path = tmp_path / "pictures.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([HEADER, *rows])
+    return path
+
+
+def test_an_example_holds_image_caption_metadata_and_id(table):
+    source = open_satellite("train", root=str(table), holdout=0.2, side=18)
+    assert len(source) == 8 and len(open_satellite("val", root=str(table), holdout=0.2)) == 2
+    example = source[3]
+    assert example["image"].shape == (9, 12, 3) and example["image"].dtype == np.uint8
+    assert example["image"][0, 0].tolist() == [30, 60, 225]
+    assert example["caption"] == "field 3" and example["id"] == "3.png"
+    wanted = normalise_metadata(
+        longitude=3, latitude=-3, gsd=0.5 * 9 / 18, cloud_cover=0.25, year=2019, month=8, day=31
+    )
+    np.testing.assert_array_equal(example["metadata"], wanted)
+    assert example["metadata"].dtype == np.float32 and source.native_side == 9
+
+
+def test_what_is_not_known_is_zero_after_normalisation(table):
+    example = open_satellite("train", root=str(table))[2]
+    np.testing.assert_allclose(example["metadata"], [182 / 360 * 1000, 0, 0, 0, 0, 0, 0], rtol=1e-6)
+    assert example["caption"] == "a satellite image"
+
+
+def test_impossible_or_unknown_metadata_are_refused():
+    with pytest.raises(ValueError, match="longitude=181"):
+        metadata_vector({"longitude": 181})
+    with pytest.raises(ValueError, match="latitude=nan"):
+        metadata_vector({"latitude": float("nan")})
+    with pytest.raises(ValueError, match="metadata lat; known: longitude"):
+        metadata_vector({"lat": 3})
+    with pytest.raises(ValueError, match="need YEAR-MONTH-DAY"):
+        read_date("31.8.2019")
+
+
+def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(table, tmp_path):
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:40])
+    (tmp_path / "5.png").unlink()
+    with pytest.raises(ImageError, match="4.png: cannot be read"):
+        open_satellite("train", root=str(table), holdout=0.0)[4]
+    with pytest.raises(ImageError, match="line 7: .*No such file"):
+        open_satellite("train", root=str(table), holdout=0.0)[5]
+    source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
+    assert [source[i]["id"] for i in (3, 4, 5, 4, 6)] == [f"{k}.png" for k in (3, 6, 6, 6, 6)]
+    assert source.counts == {"skipped": 2}
+
+
+def test_a_folder_is_read_without_captions_of_its_own(tmp_path):
+    for k in range(4):
+        draw(tmp_path / "forest" / f"{k}.jpg", 20 * k)
+    source = open_satellite("train", root=str(tmp_path), holdout=0.0, exclude=["2.jpg"])
+    assert [e["caption"] for e in map(source.__getitem__, range(3))] == ["a satellite image"] * 3
+    assert not source[0]["metadata"].any()
+
+
+class Recorder:
+    """A reader that remembers which samples were asked for."""
+
+    def __init__(self, reader):
+        self.reader, self.asked = reader, []
+        self.name, self.fingerprint = reader.name, reader.fingerprint
+
+    def __len__(self):
+        return len(self.reader)
+
+    def sample(self, i):
+        self.asked.append(i)
+        return self.reader.sample(i)
+
+
+def test_two_processes_read_disjoint_shares(table):
+    shares = []
+    for host in range(2):
+        reader = Recorder(open_satellite("train", root=str(table), holdout=0.0).reader)
+        source = SatelliteSource(reader, range(8))
+        batches = list(eval_batches(source, batch_size=4, host=host, num_hosts=2))
+        assert [len(batch["id"]) for batch in batches] == [2, 2]
+        shares.append(sorted(reader.asked))
+    assert shares == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_batches_of_two_processes_are_those_of_one(table):
+    source = open_satellite("train", root=str(table), holdout=0.0)
+    options = {"batch_size": 4, "seed": 1, "step": 3}
+    whole = next(train_batches(source, (DrawCaption(),), **options))
+    parts = [next(train_batches(source, (), **options, host=h, num_hosts=2)) for h in range(2)]
+    for key in ("image", "metadata", "index"):
+        np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
