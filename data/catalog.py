@@ -15,6 +15,7 @@ from typing import Any
 from data.folders import open_class_folder, open_images
 from data.geobench import GeoBenchSet, fraction_partition, open_geobench, set_folder
 from data.masks import MaskRules, open_masks
+from data.packers import open_prepared
 from data.scenes import CLASSES, LAND_COVER, SceneSource
 from data.splits import SPLITS, keep_fraction
 from data.tfds_source import open_tfds
@@ -87,7 +88,7 @@ class Defaults:
 
 
 def known_names() -> list[str]:
-    return [*SCENES, *FOLDERS, "tfds:<name>", *GEOBENCH]
+    return [*SCENES, *FOLDERS, "tfds:<name>", "prepared:<folder>", *GEOBENCH]
 
 
 def _unknown(name: str) -> ValueError:
@@ -101,7 +102,7 @@ def defaults(name: str) -> Defaults:
         return Defaults(row.side, row.prompt, row.task, row.classes, row.native_side)
     if name in SCENES:
         return Defaults(64, PROMPT, SCENES[name], CLASSES if name == "scenes" else LAND_COVER)
-    if name in FOLDERS or name.startswith("tfds:"):
+    if name in FOLDERS or name.startswith(("tfds:", "prepared:")):
         return Defaults(task=FOLDERS.get(name, ""))
     raise _unknown(name)
 
@@ -180,8 +181,9 @@ def open_source(name: str, split: str, **options: Any) -> Any:
 
     scenes, scenes_seg (size, seed, side) · folder, masks (train, val, test, on_corrupt; masks also
     classes, ignore, fit) · images (roots, exclude, holdout, on_corrupt) · tfds:<name> (data_dir,
-    image_key, label_key, tfds_split, classes) · m-* of GEO-Bench (root, scaling, partition,
-    check_sizes). All but images: label_fraction and label_seed, which thin the train split.
+    image_key, label_key, tfds_split, classes) · prepared:<folder>, written by data.prepare · m-* of
+    GEO-Bench (root, scaling, partition, check_sizes). All but images: label_fraction and
+    label_seed, which thin the train split.
     Raises ValueError on an unknown name or option, listing the known ones.
     """
     if name in GEOBENCH:
@@ -193,6 +195,8 @@ def open_source(name: str, split: str, **options: Any) -> Any:
         source = _call(name, _open_scenes, (name, split), options)
     elif name.startswith("tfds:"):
         source = _call(name, open_tfds, (name.removeprefix("tfds:"), split), options)
+    elif name.startswith("prepared:"):
+        source = _call(name, open_prepared, (name.removeprefix("prepared:"), split), options)
     elif name == "folder":
         source = _call(name, open_class_folder, (split,), options)
     elif name == "masks":

@@ -234,7 +234,7 @@ def open_class_folder(
     return ClassFolder("folder", items, classes)
 
 
-def _excluded(path: Path, exclude: frozenset[str]) -> bool:
+def is_excluded(path: Path, exclude: frozenset[str]) -> bool:
     """By file name, or by the end of the path for entries that hold a slash."""
     if path.name in exclude:
         return True
@@ -275,7 +275,7 @@ def open_images(
         )
         if not found:
             raise ValueError(f"{root} holds no pictures")
-        files |= dict.fromkeys(p for p in found if not _excluded(p, names))
+        files |= dict.fromkeys(p for p in found if not is_excluded(p, names))
     items = _items([(path, str(path.parent)) for path in files], on_corrupt)
     once: dict[str, Item] = {}
     for item in items:

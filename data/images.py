@@ -58,7 +58,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
         elif mode == "F":
             raise ImageError(f"{path}: floating point pixels have no known range; save as 8 bit")
         else:
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     if min(pixels.shape[:2]) < SMALLEST_SIDE:
         height, width = pixels.shape[:2]
         raise ImageError(f"{path}: {height}x{width} pixels; need at least {SMALLEST_SIDE} a side")

@@ -24,6 +24,7 @@ from data.real_records import REAL, read_real
 from data.record_files import read_records
 from data.records import RecordSource
 from data.scene_records import KINDS, SceneRecords
+from data.shards import read_manifest, split_folder
 from data.splits import SPLITS
 from data.vqa_sets import read_rsvqa
 from data.vrsbench import read_vrsbench_annotations, read_vrsbench_list
@@ -79,6 +80,12 @@ def _skyscript(
 
 def _tar(root, split, *, rules: Rules = TRUSTING) -> RecordSource:
     return read_tar_captions(root, split, rules=rules)
+
+
+def _prepared(root, split, *, rules: Rules = TRUSTING) -> RecordSource:
+    folder = split_folder(root, split)
+    name = read_manifest(folder, "records").name
+    return read_records(folder / "records.jsonl", split, rules=rules, name=name)
 
 
 def _vrsbench(task: str) -> Callable[..., RecordSource]:
@@ -159,6 +166,7 @@ TABLE: dict[str, Row] = {
     "nwpu_captions": Row(_nwpu_captions, "dataset_nwpu.json or its folder"),
     "skyscript": Row(_skyscript, "the CSV file, in the folder of images2, images3, ...", TRUSTING),
     "tar_captions": Row(_tar, "a tar file or a folder of them", TRUSTING),
+    "prepared": Row(_prepared, "the folder data.prepare wrote", TRUSTING),
     "dior_rsvg": Row(read_dior_rsvg, "the folder of Annotations, JPEGImages and train.txt"),
     "rsvg": Row(read_rsvg, "the folder of rsvg_train.pth (or .json) and the pictures"),
     "vrsbench_caption": Row(_vrsbench("caption"), "the folder of VRSBench"),

@@ -1,14 +1,15 @@
 """Pictures of records, by name: a file, a member of an archive, or a scene that is drawn.
 
-`DIR/a.jpg` is a file, `DIR/part.zip!images/a.jpg` a member of a zip or tar archive, and
-`scene:SEED/SPLIT/INDEX@SIDE` a scene of data/scenes.py. Every picture is uint8 [H, W, 3].
+`DIR/a.jpg` is a file, `DIR/part.zip!images/a.jpg` a member of a zip or tar archive,
+`DIR/00000.array_record!7` record 7 of a shard of data/prepare.py, and `scene:SEED/SPLIT/INDEX@SIDE`
+a scene of data/scenes.py. Every picture is uint8 [H, W, 3].
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +20,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data.images import ImageError, NamedBytes, decode_8bit, digest_of, is_image
+from data.images import ImageError, NamedBytes, decode_8bit, digest_of, is_image, some_of
 from data.scenes import Scene, draw_scene
+from data.shards import SUFFIX, read_packed
+from data.tar_index import index_tar
 
 INSIDE = "!"
 _SCENE = re.compile(r"scene:(\d+)/(\w+)/(\d+)@(\d+)$")
@@ -48,13 +51,10 @@ def _zip(path: str, process: int) -> zipfile.ZipFile:
 @lru_cache(maxsize=64)
 def _tar_members(path: str) -> dict[str, tuple[int, int]]:
     """{member: (first byte, number of bytes)} of a tar file that is not compressed."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            return {m.name: (m.offset_data, m.size) for m in archive if m.isfile()}
-    except tarfile.ReadError as error:
-        raise ImageError(
-            f"{path}: not a plain tar archive ({error}); unpack compressed archives first"
-        ) from error
+    index = index_tar(path)
+    if index.broken:
+        logging.warning("%d damaged members: %s", len(index.broken), some_of(index.broken))
+    return index.members
 
 
 def members(path: str | os.PathLike) -> list[str]:
@@ -71,6 +71,8 @@ def members(path: str | os.PathLike) -> list[str]:
 def read_member(name: str) -> bytes:
     """The bytes of `archive!member`. Raises FileNotFoundError when the archive lacks it."""
     path, _, member = name.partition(INSIDE)
+    if path.endswith(SUFFIX):
+        return read_packed(path, int(member))[1]["picture"]
     if path.endswith(".tar"):
         if member not in _tar_members(path):
             raise FileNotFoundError(f"{path} has no member {member}")
@@ -124,13 +126,16 @@ def _size_once(name: str, size: int, changed: int) -> tuple[int, int]:
 def mark_of(name: str) -> int:
     """A number that changes with the content, without reading it; -1 for an absent picture.
 
-    The bytes of a file or of a member of a tar archive, the checksum of a member of a zip archive.
+    The bytes of a file, of a member of a tar archive or of a shard; the checksum of a member of a
+    zip archive.
     """
     if name.startswith("scene:"):
         return 0
     path, inside, member = name.partition(INSIDE)
     if not inside:
         return os.stat(name).st_size if os.path.exists(name) else -1
+    if path.endswith(SUFFIX):
+        return os.stat(path).st_size
     if path.endswith(".tar"):
         return _tar_members(path).get(member, (0, -1))[1]
     try:

@@ -9,58 +9,24 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common_jax.files import sha256_file
-from data.folders import ImageFolder, open_images
-from data.images import ImageError, NamedBytes, decode_8bit
-from data.transforms import METADATA_FIELDS, normalise_metadata
-from data.wording import Wording, always, full_caption, sometimes
+from common_jax.files import sha256_file, sha256_json
+from data.folders import ImageFolder, is_excluded, open_images
+from data.images import ImageError
+from data.records import mix
+from data.satellite_sample import CAPTION, Sample, metadata_vector, read_fields
+from data.satellite_tars import TarReader, find_tars
+from data.shards import PackedExamples, is_prepared, split_folder
+from data.wording import always, compose, full_caption, read_wording, sometimes
 
-CAPTION = "a satellite image"
-# Stand-ins for what is not known: their places become 0 after normalisation.
-_NEUTRAL = dict(zip(METADATA_FIELDS, (0.0, 0.0, 1.0, 0.0, 2000.0, 1.0, 1.0), strict=True))
 MAX_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture as it is stored.
-
-    picture: the bytes of its file, or uint8 [H, W, 3]. fields: what is known of METADATA_FIELDS, in
-    the units of `normalise_metadata`, gsd that of the stored picture.
-    """
-
-    id: str
-    picture: bytes | np.ndarray
-    wording: Wording = (always(CAPTION),)
-    fields: Mapping[str, float] = field(default_factory=dict)
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises ImageError naming the sample."""
-        if isinstance(self.picture, np.ndarray):
-            return self.picture
-        return decode_8bit(NamedBytes(self.picture, self.id))
-
-
-def metadata_vector(fields: Mapping[str, float], scale: float = 1.0) -> np.ndarray:
-    """float32 [7], normalised; 0 where a field is not known. scale: multiplies the gsd.
-
-    Raises ValueError on a value that cannot be right and on a field that is none of the seven.
-    """
-    strange = sorted(fields.keys() - _NEUTRAL.keys())
-    if strange:
-        raise ValueError(f"metadata {', '.join(strange)}; known: {', '.join(METADATA_FIELDS)}")
-    values = _NEUTRAL | {name: float(value) for name, value in fields.items()}
-    values["gsd"] *= scale
-    known = np.array([name in fields for name in METADATA_FIELDS], np.float32)
-    return normalise_metadata(**values) * known
 
 
 class SatelliteSource:
@@ -74,14 +40,17 @@ class SatelliteSource:
 
     task, classes = "satellite", ()
 
-    def __init__(self, reader: Any, rows: range, *, side: int = 0, on_corrupt: str = "refuse"):
+    def __init__(
+        self, reader: Any, rows: Sequence[int], *, side: int = 0, on_corrupt: str = "refuse"
+    ):
         if on_corrupt not in ("refuse", "skip"):
             raise ValueError(f"on_corrupt='{on_corrupt}' is not refuse or skip")
         if not len(rows):
             raise ValueError(f"'{reader.name}' is empty: no picture is left")
         self.reader, self.rows, self.side, self.skips = reader, rows, side, on_corrupt == "skip"
         self.name = reader.name
-        self.fingerprint = f"{reader.fingerprint}[{rows.start}:{rows.stop}]{side}{on_corrupt}"
+        chosen = sha256_json(list(rows))[:16]
+        self.fingerprint = f"{reader.fingerprint}[{chosen}] gsd at {side} px, {on_corrupt}"
         self.counts: Counter[str] = Counter()
         self._broken: set[int] = set()
 
@@ -132,9 +101,9 @@ class SatelliteSource:
 class FolderReader:
     """Pictures of `folders.open_images`. described: the folder of a picture says what it shows."""
 
-    def __init__(self, source: ImageFolder, described: bool = False):
-        self.source, self.described = source, described
-        self.name = "folder"
+    def __init__(self, source: ImageFolder, root: Path, described: bool = False):
+        self.source, self.root, self.described = source, root, described
+        self.name = root.name
         self.fingerprint = f"{source.fingerprint}{'-described' * described}"
 
     def __len__(self) -> int:
@@ -142,10 +111,11 @@ class FolderReader:
 
     def sample(self, i: int) -> Sample:
         path = Path(self.source.items[i].path)
-        wording = [always(CAPTION)]
+        pieces = [always(CAPTION)]
         if self.described:
-            wording.append(sometimes(f" of a {path.parent.name.replace('_', ' ')}", 0.1))
-        return Sample(str(path), path.read_bytes(), tuple(wording))
+            pieces.append(sometimes(f" of a {path.parent.name.replace('_', ' ')}", 0.1))
+        name = path.relative_to(self.root).as_posix()
+        return Sample(name, path.read_bytes(), compose(*pieces))
 
 
 class CsvReader:
@@ -168,6 +138,10 @@ class CsvReader:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def names(self) -> list[str]:
+        return [row["path"] for row in self.rows]
+
     def sample(self, i: int) -> Sample:
         row, where = self.rows[i], f"{self.path} line {i + 2}"
         try:
@@ -176,38 +150,78 @@ class CsvReader:
         except (OSError, ValueError) as error:
             raise ImageError(f"{where}: {error}") from error
         caption = (row.get("caption") or "").strip() or CAPTION
-        return Sample(row["path"], picture, (always(caption),), fields)
+        return Sample(row["path"], picture, compose(always(caption)), fields)
 
 
-def read_fields(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a row of a table or a JSON object says of METADATA_FIELDS; `date` is 2019-08-31..."""
-    fields = {name: float(row[name]) for name in METADATA_FIELDS if row.get(name) not in (None, "")}
-    if row.get("date"):
-        fields |= read_date(str(row["date"]))
-    return fields
+class PreparedReader:
+    """What data.prepare wrote of the kind "satellite"."""
 
+    def __init__(self, folder: Path):
+        self.examples = PackedExamples(folder, "satellite")
+        manifest = self.examples.manifest
+        self.name, self.fingerprint = manifest.name, manifest.fingerprint
 
-def read_date(text: str) -> dict[str, float]:
-    """Year, month and day of `2019-08-31` and of longer texts that begin so."""
-    parts = text.strip()[:10].split("-")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"date '{text:.40}': need YEAR-MONTH-DAY")
-    return dict(zip(("year", "month", "day"), map(float, parts), strict=True))
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def sample(self, i: int) -> Sample:
+        header, parts = self.examples[i]
+        wording = read_wording(header["wording"])
+        return Sample(header["id"], parts["picture"], wording, header["fields"])
 
 
 # ----------------------------------------------------------------------------------------- opening
-def open_reader(root: str, exclude: Sequence[str] = (), on_corrupt: str = "refuse") -> Any:
-    """The reader of a CSV file or a folder of pictures, told by what lies there."""
+def open_reader(
+    root: str | Path,
+    *,
+    exclude: Sequence[str] = (),
+    places: str = "",
+    described: bool = False,
+    on_corrupt: str = "refuse",
+) -> Any:
+    """The reader of what lies at `root`: a prepared set, a CSV file, tars, or a folder of pictures.
+
+    Tars: a file, a folder of them, `DIR/a-{000..365}.tar`, or a .txt file with such lines.
+    exclude: pictures of a folder that must not be seen, as in `open_images`. places: the CSV file
+    with the polygons of fMoW. described: captions of a folder are made of the names of its folders.
+    """
     path = Path(root).expanduser()
-    if path.suffix == ".csv" and path.is_file():
+    if path.is_dir() and is_prepared(path):
+        return PreparedReader(path)
+    if path.suffix == ".csv":
         return CsvReader(path)
-    found = open_images("train", roots=root, exclude=exclude, holdout=0.0, on_corrupt=on_corrupt)
-    return FolderReader(found)
+    tars = find_tars(str(root))
+    if tars:
+        return TarReader(tars, places=places, on_corrupt=on_corrupt)
+    found = open_images("train", roots=path, exclude=exclude, holdout=0.0, on_corrupt=on_corrupt)
+    return FolderReader(found, path, described)
 
 
-def _part(reader: Any, split: str, holdout: float) -> range:
-    first = len(reader) - int(np.ceil(holdout * len(reader)))
-    return range(first) if split == "train" else range(first, len(reader))
+def kept_rows(reader: Any, exclude: Sequence[str]) -> Sequence[int]:
+    """Places of the samples that `exclude` does not name, by file name or by the end of the path.
+
+    Raises ValueError where names are not known before the pictures are read.
+    """
+    if not exclude or isinstance(reader, FolderReader):  # a folder has left them out
+        return range(len(reader))
+    if isinstance(reader, PreparedReader) or any(e.startswith("sha256:") for e in exclude):
+        raise ValueError(
+            f"'{reader.name}' cannot leave out pictures after the fact, nor by their content; give "
+            "the list to data.prepare (--exclude) and prepare a folder of pictures"
+        )
+    names = frozenset(exclude)
+    return [i for i, name in enumerate(reader.names) if not is_excluded(Path(name), names)]
+
+
+def _open_one(split: str, root: str, holdout: float, side: int, options: dict) -> SatelliteSource:
+    known = {"side": side, "on_corrupt": options["on_corrupt"]}
+    if is_prepared(Path(root).expanduser() / split):
+        reader = PreparedReader(split_folder(root, split))
+        return SatelliteSource(reader, kept_rows(reader, options["exclude"]), **known)
+    reader = open_reader(root, **options)
+    rows = kept_rows(reader, options["exclude"])
+    first = len(rows) - int(np.ceil(holdout * len(rows)))
+    return SatelliteSource(reader, rows[:first] if split == "train" else rows[first:], **known)
 
 
 def open_satellite(
@@ -217,16 +231,22 @@ def open_satellite(
     side: int = 0,
     holdout: float = 0.05,
     exclude: Sequence[str] = (),
+    places: str = "",
     on_corrupt: str = "refuse",
-) -> SatelliteSource:
-    """Pictures with captions and metadata below `root`; the last `holdout` of them is "val".
+) -> Any:
+    """Pictures with captions and metadata at `root`, see `open_reader`; several, joined by commas
+    that no braces hold, are interleaved by their lengths.
 
-    side: pixels the short side will be resized to, for the gsd. exclude: pictures of a folder that
-    must not be seen, as in `open_images`.
+    split: "train" or "val": the prepared folders of these names below root, else the last `holdout`
+    of all in the order they are stored is "val". side: pixels the short side will be resized to,
+    for the gsd.
     """
     if split not in ("train", "val"):
         raise ValueError(f"pictures for pretraining have no split '{split}'; known: train, val")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} is not in [0, 1)")
-    reader = open_reader(root, exclude, on_corrupt)
-    return SatelliteSource(reader, _part(reader, split, holdout), side=side, on_corrupt=on_corrupt)
+    options = {"exclude": tuple(exclude), "places": places, "on_corrupt": on_corrupt}
+    roots = [part for part in re.split(r",(?![^{}]*\})", root) if part]
+    if not roots:
+        raise ValueError("nothing to read: name a folder, a CSV file, tars or a prepared set")
+    return mix([_open_one(split, part, holdout, side, options) for part in roots])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.images import ImageError
 from data.pipeline import eval_batches, train_batches
-from data.satellite import SatelliteSource, metadata_vector, open_satellite, read_date
+from data.satellite import SatelliteSource, open_satellite
 from data.transforms import normalise_metadata
 from data.wording import DrawCaption
 
@@ -55,17 +55,6 @@ def test_what_is_not_known_is_zero_after_normalisation(table):
     example = open_satellite("train", root=str(table))[2]
     np.testing.assert_allclose(example["metadata"], [182 / 360 * 1000, 0, 0, 0, 0, 0, 0], rtol=1e-6)
     assert example["caption"] == "a satellite image"
-
-
-def test_impossible_or_unknown_metadata_are_refused():
-    with pytest.raises(ValueError, match="longitude=181"):
-        metadata_vector({"longitude": 181})
-    with pytest.raises(ValueError, match="latitude=nan"):
-        metadata_vector({"latitude": float("nan")})
-    with pytest.raises(ValueError, match="metadata lat; known: longitude"):
-        metadata_vector({"lat": 3})
-    with pytest.raises(ValueError, match="need YEAR-MONTH-DAY"):
-        read_date("31.8.2019")
 
 
 def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(table, tmp_path):

@@ -1,0 +1,233 @@
+"""Prepared sets: a folder of ArrayRecord shards and the manifest that says what belongs to it.
+
+    manifest.json           kind, counts, and of every file its bytes and sha256
+    00000.array_record ...  packed examples (packing.py), one a record
+    records.jsonl           with kind "records": the texts, one line a record
+
+Opening a folder checks that the files are those of the manifest and have their sizes; `verify`
+reads them all and compares the hashes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from common_jax.files import atomic_path, read_json, sha256_file, sha256_json, write_json
+from data.images import some_of
+from data.packing import unpack
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SUFFIX = ".array_record"
+KINDS = ("satellite", "records", "examples")
+
+
+class ShardError(ValueError):
+    """A prepared folder that is not what its manifest says; the message names the file."""
+
+
+@dataclass(frozen=True)
+class FileNote:
+    """A file of a prepared set. count: examples in it; 0 for texts."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. source: fingerprint of what was converted, and how. about: by kind."""
+
+    kind: str
+    name: str
+    source: str
+    files: tuple[FileNote, ...]
+    skipped: int = 0
+    problems: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[FileNote]:
+        return [note for note in self.files if note.file.endswith(SUFFIX)]
+
+    @property
+    def count(self) -> int:
+        return sum(note.count for note in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content."""
+        return f"prepared-{sha256_json([[n.file, n.sha256] for n in self.files])[:32]}"
+
+
+def is_prepared(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def split_folder(root: str | os.PathLike, split: str) -> Path:
+    """The prepared folder of a split: `root/split`, or `root` itself where it is one."""
+    root = Path(root).expanduser()
+    if is_prepared(root / split):
+        return root / split
+    if is_prepared(root):
+        return root
+    raise FileNotFoundError(
+        f"neither {root / split} nor {root} holds a {MANIFEST}; a prepared set ends with one: run "
+        "`python -m data.prepare` again to finish it"
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, {"format": FORMAT} | asdict(manifest))
+
+
+def read_manifest(folder: str | os.PathLike, kind: str = "") -> Manifest:
+    """The manifest, its files checked by name and size. kind: refused when it is another.
+
+    Raises FileNotFoundError without a manifest or when a listed file is absent, ShardError on files
+    it does not list and on other sizes.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is absent; {folder} is no finished set of data.prepare")
+    found = read_json(path)
+    if found.pop("format", None) != FORMAT:
+        raise ShardError(f"{path}: not format {FORMAT}; prepare the set again with this version")
+    files = tuple(FileNote(**note) for note in found.pop("files"))
+    manifest = Manifest(**found | {"files": files, "problems": tuple(found["problems"])})
+    if kind and manifest.kind != kind:
+        raise ShardError(f"{folder} holds {manifest.kind}, but {kind} are needed")
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    listed = {note.file: note for note in manifest.files}
+    found = {p.name: p.stat().st_size for p in folder.glob(f"*{SUFFIX}")}
+    strangers = sorted(found.keys() - listed.keys())
+    if strangers:
+        raise ShardError(
+            f"{folder}: {some_of(strangers)} not in {MANIFEST}; a manifest of other shards? Remove "
+            "them, or prepare the set again"
+        )
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of {len(listed)} files of {MANIFEST} are absent: "
+            f"{some_of(missing)}; copy them, or run data.prepare again to make them"
+        )
+    wrong = [n.file for n in manifest.files if (folder / n.file).stat().st_size != n.bytes]
+    if wrong:
+        raise ShardError(f"{folder}: other sizes than in {MANIFEST}: {some_of(wrong)}; copy again")
+
+
+def verify(folder: str | os.PathLike, workers: int = 2) -> list[str]:
+    """What is wrong with a prepared folder, by reading all of it; [] when nothing is."""
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+
+    def check(note: FileNote) -> str:
+        path = folder / note.file
+        if sha256_file(path) != note.sha256:
+            return f"{path}: another sha256 than in {MANIFEST}"
+        if note.count and count_records(path) != note.count:
+            return f"{path}: {count_records(path)} records, {MANIFEST} says {note.count}"
+        return ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [problem for problem in pool.map(check, manifest.files) if problem]
+
+
+# ----------------------------------------------------------------------------------------- shards
+def shard_name(number: int) -> str:
+    return f"{number:05d}{SUFFIX}"
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> FileNote:
+    """Writes records into one file, atomically, and reads back how many there are."""
+    count = 0
+    with atomic_path(path) as partial:
+        # Pictures are compressed already; a group of one makes every record a read of its own.
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+        try:
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            writer.close()
+        if count_records(partial) != count:
+            raise OSError(f"{path}: {count} records did not all reach the disk; is it full?")
+        size, digest = partial.stat().st_size, sha256_file(partial)
+    return FileNote(path.name, count, size, digest)
+
+
+def count_records(path: Path) -> int:
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole file, so that array_record need not open every shard to count its records."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class PackedExamples:
+    """Random access to the packed examples of a folder: `[i] -> (header, parts)`."""
+
+    def __init__(self, folder: str | os.PathLike, kind: str):
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder, kind)
+        whole = [
+            _Whole(str(self.folder / n.file), 0, n.count, n.count)
+            for n in self.manifest.shards
+            if n.count
+        ]
+        if not whole:
+            raise ShardError(f"{self.folder} holds no examples; all of them were skipped")
+        self._records = ArrayRecordDataSource(whole)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+        where = f"{self.folder} example {i}"
+        try:
+            content = self._records[int(i)]
+        except (RuntimeError, ValueError) as error:
+            raise ShardError(f"{where}: damaged ({error}); run data.prepare --verify") from error
+        return unpack(content, where)
+
+
+@lru_cache(maxsize=4096)
+def _reader(path: str, process: int) -> ArrayRecordReader:
+    """An open shard; a forked process has its own."""
+    return ArrayRecordReader(path, "readahead_buffer_size:0", file_reader_buffer_size=32768)
+
+
+def read_packed(path: str, place: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(header, parts) of one record of one shard."""
+    try:
+        (content,) = _reader(path, os.getpid()).read([place])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ShardError(f"{path} record {place}: {error}; run data.prepare --verify") from error
+    return unpack(content, f"{path} record {place}")
