@@ -1,12 +1,15 @@
-"""Pretrain a small DiffusionSat-style UNet, in pixel space or on the latents of a VAE.
+"""Pretrain a DiffusionSat-style UNet, in pixel space or on the latents of a VAE.
 
     python launch.py train --config=configs/satdifuser_pretrain.py --workdir=runs/pretrain
     python launch.py train --config=configs/satdifuser_pretrain.py:dataset=folder \
         --config.data.train=IMAGES --workdir=runs/pretrain
+    python launch.py train --config=configs/satdifuser_pretrain.py:dataset=satellite,published \
+        --config.data.train=RECORDS --config.model.weights=SD21 --workdir=runs/diffusionsat
 
 On the built-in scenes (the default) about 15 minutes on 2 CPU cores; the validation loss falls from
 1.0 to about 0.35 and `samples/` shows scenes. The trained pipeline lies in WORKDIR/export, in the
-public layout that `--config.model.weights=` of a probe reads. `:tiny` runs in seconds.
+public layout that `--config.model.weights=` of a probe reads. `size=sd21` is Stable Diffusion 2.1
+from scratch, `published` that size with the recipe of DiffusionSat. `:tiny` runs in seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from configs.base import base_config, parse_arg, shrink
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    chosen = parse_arg(arg, {"dataset": "scenes", "tiny": False})
+    allowed = {"dataset": "scenes", "size": "small", "published": False, "tiny": False}
+    chosen = parse_arg(arg, allowed)
     c = base_config()
     c.task = "satdifuser_pretrain"
     c.batch_size = 32
@@ -25,32 +29,37 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model = ConfigDict()
     c.model.weights = ""  # pipeline folder to continue from; "" = from scratch with the sizes below
     c.model.patch = 4  # pixels per latent pixel, without a VAE
-    c.model.vae = ""  # folder of a VAE; "" = space-to-depth by `patch`
+    c.model.vae = ""  # folder, or sd21 (only to plan); "" = that of the weights, else patches
+    c.model.text = ""  # folder with text_encoder/ and tokenizer/, sd21, none; "" = as for the VAE
     c.model.channels = (64, 128, 192)  # width per level
     c.model.layers_per_block = 2
     c.model.heads = (2, 4, 6)
     c.model.attention_levels = (False, True, True)  # transformers per level
-    c.model.context_dim = 64
+    c.model.context_dim = 64  # without a text tower
     c.model.metadata = True  # the seven metadata embeddings
-    c.model.prediction_type = "v_prediction"  # v_prediction | epsilon
+    c.model.prediction_type = ""  # v_prediction | epsilon; "" = that of the weights, else v
     c.model.min_snr_gamma = 5.0  # 0 = plain mean squared error
     c.model.min_snr_mode = "corrected"  # corrected | published (epsilon form on v targets)
     c.model.metadata_dropout = 0.1  # chance of each field of each image to become 0
+    c.model.caption_dropout = 0.1  # chance of the empty prompt instead of the caption
     c.model.dtype = "float32"
+    c.model.remat = "none"  # none | dots | full: what the backward pass computes again
 
     c.data = ConfigDict()
     c.data.name = chosen["dataset"]
-    c.data.train = ""  # folders, separated by commas (dataset=folder)
+    c.data.train = ""  # folders, separated by commas (folder); tars, records or a CSV (satellite)
     c.data.exclude = ""  # JSON list of image names that must not be seen
     c.data.size = 100_000  # scenes drawn for training; each is made when it is read
     c.data.val_size = 256
-    c.data.holdout = 0.05  # share of images for the validation loss (dataset=folder)
+    c.data.holdout = 0.05  # share of images for the validation loss (folder, satellite)
     c.data.side = 64  # pixels
     c.data.smallest_crop = 40  # pixels of the picture before resizing; 0 = centre crop
     c.data.largest_crop = 0  # 0 = the short side
     c.data.flips = True  # flips and quarter turns: a nadir image has no up
     c.data.on_corrupt = "refuse"  # refuse | skip
     c.data.workers = 0
+    c.data.cache = "none"  # none | latents | all (text embeddings too); needs fixed pixels
+    c.data.cache_dir = ".cache/pretrain"
 
     c.optim.name = "adamw"
     c.optim.lr = 1e-3
@@ -68,18 +77,60 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.eval.lower = True
     c.eval.samples = 16  # pictures drawn at each evaluation; 0 = none
     c.eval.sample_steps = 20
+    c.eval.guidance = 1.0  # of those pictures; above 1 the caption and metadata weigh more
     c.log.every = 50
 
+    if chosen["published"] or chosen["size"] == "sd21":
+        enlarge(c)
+    elif chosen["size"] != "small":
+        raise ValueError(f"size={chosen['size']!r}: known are small and sd21")
+    if chosen["published"]:
+        follow_diffusionsat(c)
     if chosen["tiny"]:
-        shrink(c)
-        c.model.channels = (16, 32)
-        c.model.heads = (2, 2)
-        c.model.attention_levels = (False, True)
-        c.model.layers_per_block = 1
-        c.model.context_dim = 16
-        c.data.side = 32
-        c.data.size = 64
-        c.data.val_size = 8
-        c.eval.samples = 4
-        c.eval.sample_steps = 2
+        shrink_model(c)
     return c.lock()
+
+
+def enlarge(c: ConfigDict) -> None:
+    """The sizes of Stable Diffusion 2.1, at 256 pixels."""
+    c.model.vae = c.model.text = "sd21"
+    c.model.channels = (320, 640, 1280, 1280)
+    c.model.heads = (5, 10, 20, 20)
+    c.model.attention_levels = (True, True, True, False)
+    c.model.context_dim = 1024
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+    c.data.side = 256
+    c.data.smallest_crop = 192
+    c.batch_size = 64
+    c.optim.lr = 1e-4
+    c.optim.ema_decay = 0.9999
+    c.optim.steps = 150_000
+
+
+def follow_diffusionsat(c: ConfigDict) -> None:
+    """What DiffusionSat was trained with: captions lose parts, they are never left out whole."""
+    c.model.min_snr_mode = "published"
+    c.model.caption_dropout = 0.0
+    c.data.smallest_crop = 0
+    c.data.flips = False
+    c.optim.lr = 4e-6
+    c.optim.schedule = "constant"
+    c.optim.warmup_epochs = 0.0
+
+
+def shrink_model(c: ConfigDict) -> None:
+    """What `:tiny` means here, beside three steps: two narrow levels and 32 pixels."""
+    shrink(c)
+    c.model.vae = c.model.text = ""
+    c.model.channels = (16, 32)
+    c.model.heads = (2, 2)
+    c.model.attention_levels = (False, True)
+    c.model.layers_per_block = 1
+    c.model.context_dim = 16
+    c.model.dtype = "float32"
+    c.data.side = 32
+    c.data.size = 64
+    c.data.val_size = 8
+    c.eval.samples = 4
+    c.eval.sample_steps = 2

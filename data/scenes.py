@@ -165,8 +165,11 @@ class SceneSource:
         return draw_scene(self.seed, self.split, int(i), self.native_side)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        scene = self.scene(int(i))
+        return self.example(int(i), self.scene(int(i)))
+
+    def example(self, i: int, scene: Scene) -> dict[str, Any]:
+        """What scene number i, already drawn, is to a reader."""
         label = np.int32(scene.label) if self.task == "classification" else scene.cover
         metadata = normalise_metadata(**raw_metadata(scene.place))
-        name = f"{self.split}-{int(i):06d}"
+        name = f"{self.split}-{i:06d}"
         return {"image": scene.image, "label": label, "metadata": metadata, "id": name}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from common_jax.files import read_json, sha256_json, write_json
+from common_jax.sharding import put_tree, tree_shardings
 from common_jax.weights import tree_sha256
+from satdifuser_jax.blocks import SHARDING_RULES
 from satdifuser_jax.convert import (
     Components,
     export_pipeline,
@@ -72,7 +74,7 @@ def load_backbone(
         params = init_unet(config, untrained_seed)
     codec, codec_params = load_codec(parts.require("vae"))
     texts = [prompt, EMPTY_PROMPT] if is_guided else [prompt]
-    embeddings = _prompts(parts, texts, prompt_cache)
+    embeddings = read_prompts(parts, texts, prompt_cache)
     return Backbone(
         unet=SatUNet(config, dtype=jnp.dtype(dtype)),
         unet_params=cast_params(params, dtype),
@@ -133,7 +135,7 @@ def cast_params(params, dtype: str):
     return jax.tree.map(lambda p: np.asarray(p).astype(jnp.dtype(dtype)), params)
 
 
-def _prompts(parts: Components, texts: list[str], cache) -> np.ndarray:
+def read_prompts(parts: Components, texts: Sequence[str], cache=None) -> np.ndarray:
     """Embeddings [n, S, D]: stored beside the weights, else by the text tower, kept in `cache`."""
     stored = parts.root / "prompts"
     if stored.is_dir():
@@ -145,6 +147,14 @@ def _prompts(parts: Components, texts: list[str], cache) -> np.ndarray:
     return prompt_embeddings(
         texts, tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, cache=cache
     )
+
+
+def place_backbone(backbone: Backbone, mesh) -> Backbone:
+    """The backbone on a mesh: large parameters split over `fsdp`, the rest whole on every device.
+
+    Raises ValueError where a large one cannot be split.
+    """
+    return put_tree(backbone, tree_shardings(backbone, SHARDING_RULES, mesh))
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -159,8 +169,11 @@ def fingerprint(backbone: Backbone) -> str:
     return sha256_json(parts)
 
 
-def export_backbone(folder: str | os.PathLike, backbone: Backbone, prompts: Mapping) -> None:
-    """Write a folder that `load_backbone` reads. prompts: {text: embedding [S, D]}."""
+def export_backbone(folder, backbone: Backbone, prompts: Mapping, *, tower=None, tokenizer=None):
+    """Write a folder that `load_backbone` reads. prompts: {text: embedding [S, D]}.
+
+    tower: (config, params) of the text tower, tokenizer: its folder; then every prompt works.
+    """
     folder = Path(folder)
     unet_params, codec_params = jax.tree.map(
         np.asarray, (backbone.unet_params, backbone.codec_params)
@@ -176,4 +189,6 @@ def export_backbone(folder: str | os.PathLike, backbone: Backbone, prompts: Mapp
     for text, embedding in prompts.items():
         name = f"prompt-{sha256_json([text, NO_TEXT_TOWER])[:24]}.npz"
         save_embedding(folder / "prompts" / name, text, embedding, NO_TEXT_TOWER)
-    export_pipeline(folder, components, backbone.schedule)
+    if tower is not None:
+        components["text_encoder"] = (tower[0], jax.tree.map(np.asarray, tower[1]))
+    export_pipeline(folder, components, backbone.schedule, tokenizer=tokenizer)

@@ -34,7 +34,8 @@ _POSTERIOR, _NOISE = 0, 1
 class Backbone:
     """The frozen model. A pytree: pass it to jitted functions as an argument, never close over it.
 
-    context [1,S,D]: the prompt's embedding; uncond [1,S,D]: the empty prompt's, for guidance.
+    context [1,S,D]: the prompt's embedding, in sampling also one per picture [B,S,D]; uncond
+    [1,S,D]: the empty prompt's, for guidance.
     """
 
     unet: SatUNet = struct.field(pytree_node=False)
@@ -158,14 +159,26 @@ def on_device(backbone: Backbone) -> Backbone:
 # ------------------------------------------------------------------------------- compiled parts
 @jit
 def _encode(backbone: Backbone, images, index, seed):
+    mean, logvar = encode_moments(backbone, images)
+    return draw_latents(backbone.codec, mean, None if index is None else logvar, index, seed)
+
+
+@jit
+def encode_moments(backbone: Backbone, images):
+    """Images [B,S,S,3] -> (mean, log-variance or None), float32 [B,h,w,C], not yet scaled."""
     params = {"params": backbone.codec_params}
     images = jnp.asarray(images, jnp.float32)
     mean, logvar = backbone.codec.apply(params, images, method="encode")
     mean = mean.astype(jnp.float32)
-    if index is not None and logvar is not None:
-        noise = _draw(seed, _POSTERIOR, index, mean.shape[1:])
-        mean = mean + jnp.exp(0.5 * logvar.astype(jnp.float32)) * noise
-    return mean * backbone.codec.scaling_factor
+    return mean, None if logvar is None else logvar.astype(jnp.float32)
+
+
+@functools.partial(jit, static_argnames=("codec",))
+def draw_latents(codec, mean, logvar, index, seed) -> jax.Array:
+    """Scaled latents of moments [B,h,w,C]: a draw by (seed, index [B]); the mean without logvar."""
+    if logvar is not None:
+        mean = mean + jnp.exp(0.5 * logvar) * _draw(seed, _POSTERIOR, index, mean.shape[1:])
+    return mean * codec.scaling_factor
 
 
 def _run(backbone, x, step: Step, metadata, config: ExtractConfig, *, scales):
@@ -203,8 +216,9 @@ def call_guided(backbone: Backbone, x, t, metadata, guidance, scales=()):
     metadata. Both are one batch, rows in pairs, so that a sharded batch stays where it is.
     """
     batch = len(x)
-    pair = jnp.concatenate([backbone.context, backbone.uncond])
-    context = jnp.broadcast_to(pair, (batch, *pair.shape)).reshape(-1, *pair.shape[1:])
+    both = (jnp.asarray(e) for e in (backbone.context, backbone.uncond))
+    pairs = [jnp.broadcast_to(e, (batch, *e.shape[1:])) for e in both]
+    context = jnp.stack(pairs, axis=1).reshape(2 * batch, *pairs[0].shape[1:])
     if metadata is not None:
         metadata = jnp.stack([metadata, jnp.zeros_like(metadata)], 1).reshape(2 * batch, -1)
     rows = jnp.repeat(x, 2, axis=0)

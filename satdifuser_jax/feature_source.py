@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common_jax.sharding import make_mesh, put_batch, replicated
-from satdifuser_jax.backbone import fingerprint
+from common_jax.sharding import make_mesh, put_batch
+from satdifuser_jax.backbone import fingerprint, place_backbone
 from satdifuser_jax.cache import Cache, Subset, build_cache, open_cache, wait_for_cache
 from satdifuser_jax.cache_spec import CacheError, CacheSpec, Field
 from satdifuser_jax.extract import Backbone, extract_features, features_at
@@ -74,7 +74,7 @@ class FeatureMaker:
         if cache["kind"] not in CACHES:
             raise ValueError(f"data.cache={cache['kind']!r} is unknown; use one of {CACHES}")
         self.model = fingerprint(backbone)
-        self.backbone = jax.device_put(backbone, replicated(mesh))
+        self.given, self.backbone = backbone, place_backbone(backbone, mesh)
         self.config, self.mesh, self.cache = config, mesh, cache
 
     def features(self, batch):
@@ -83,7 +83,7 @@ class FeatureMaker:
         if "latents" in batch:
             return features_at(self.backbone, batch["latents"], self.config, metadata)
         if "scale_0" in batch:
-            return tuple(_as_float(batch[f"scale_{i}"]) for i in range(len(self.config.scales)))
+            return tuple(as_float(batch[f"scale_{i}"]) for i in range(len(self.config.scales)))
         index = batch["index"]
         return extract_features(
             self.backbone, batch["pixels"], self.config, index=index, metadata=metadata
@@ -109,7 +109,7 @@ class FeatureMaker:
         specs = self._specs(source, side)
         # Every process fills its own shards at its own pace: nothing global may be computed here.
         local = make_mesh(devices=jax.local_devices())
-        backbone = jax.device_put(jax.tree.map(np.asarray, self.backbone), replicated(local))
+        backbone = place_backbone(self.given, local)
 
         def put(batch):
             return put_batch({k: v for k, v in batch.items() if k != "label"}, local)
@@ -163,5 +163,5 @@ def _take_label(batch):
     return [batch["label"]]
 
 
-def _as_float(x):
+def as_float(x):
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

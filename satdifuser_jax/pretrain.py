@@ -1,178 +1,222 @@
 """Pretraining of the backbone with the DiffusionSat objective, as a Task.
 
-Latents z of an image are noised to a random time t and the network predicts the noise (or v); the
-error is weighted by min-SNR, and each metadata field is zeroed with a small chance before it is
-embedded. See Khanna et al. 2024 (DiffusionSat) and Hang et al. 2023 (min-SNR).
+Latents z of an image are noised to a random time t and the network predicts the noise (or v), given
+the caption and metadata of the image; the error is weighted by min-SNR. Captions and single
+metadata fields are left out with a small chance, so that guidance has something to compare with.
+See Khanna et al. 2024 (DiffusionSat), Hang et al. 2023 (min-SNR), Ho and Salimans 2022 (guidance).
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common_jax.init import host_init
+from common_jax.evaluate import restore_trained
+from common_jax.sharding import (
+    count_ways,
+    make_mesh,
+    put_batch,
+    put_tree,
+    replicated,
+    tree_shardings,
+)
 from common_jax.task import Evaluator, PlanRow, Task
-from data.catalog import open_source
-from data.crops import QuarterTurns, RandomCrop
-from data.memory import InMemory
-from satdifuser_jax.backbone import export_backbone, load_codec
-from satdifuser_jax.convert import load_unet
-from satdifuser_jax.extract import Backbone, encode_latents
+from satdifuser_jax.backbone import EMPTY_PROMPT, export_backbone
+from satdifuser_jax.blocks import SHARDING_RULES
+from satdifuser_jax.cache import Subset
+from satdifuser_jax.extract import Backbone, draw_latents, encode_latents
 from satdifuser_jax.extract_config import ExtractConfig
+from satdifuser_jax.feature_source import as_float
 from satdifuser_jax.figures import save_grid
-from satdifuser_jax.preprocess import to_pixels, to_uint8
+from satdifuser_jax.preprocess import to_uint8
+from satdifuser_jax.pretrain_data import (
+    Precomputed,
+    ToTrainInput,
+    check_cache,
+    make_transforms,
+    open_pictures,
+)
+from satdifuser_jax.pretrain_parts import (
+    find_parts,
+    load_codec_params,
+    load_text,
+    load_unet_params,
+    load_words,
+)
+from satdifuser_jax.sample_files import PROMPT, Sampler
 from satdifuser_jax.sampling import SampleConfig, sample_images
-from satdifuser_jax.schedule import Schedule
-from satdifuser_jax.unet import SatUNet, UNetConfig, unet_shapes
-from satdifuser_jax.vae import SpaceToDepth
+from satdifuser_jax.sketch import count_training_flops, sketch_pretraining
+from satdifuser_jax.text_encoder import embed_ids, text_encoder_shapes
+from satdifuser_jax.unet import SatUNet, unet_shapes
+from satdifuser_jax.vae import SpaceToDepth, vae_shapes
 
 # Validation looks at the same times for every image, so that its loss is smooth between steps.
 EVAL_TIMES = (50, 200, 400, 600, 800)
-PROMPT = "A satellite image"
-
-
-class ToLatentInput:
-    """(example, rng) -> {"pixels": [S,S,3] in [-1,1]} and `metadata` where the model uses it."""
-
-    def __init__(self, side: int, num_metadata: int):
-        self.side, self.num_metadata = side, num_metadata
-
-    def __call__(self, example, rng):
-        out = {k: example[k] for k in ("mask", "id") if k in example}
-        out["pixels"] = to_pixels(example["image"], self.side, fit="crop")
-        if self.num_metadata:
-            found = example.get("metadata")
-            # An image without metadata counts as one whose fields were all dropped.
-            empty = np.zeros(self.num_metadata, np.float32)
-            out["metadata"] = empty if found is None else np.asarray(found, np.float32)
-        return out
+RAW = ("pixels", "mean", "logvar", "ids", "text")  # what `encode` makes latents and context of
 
 
 class PretrainTask(Task):
     """The diffusion objective on images of any source, in pixel space or behind a frozen VAE."""
 
+    sharding_rules = SHARDING_RULES
+
     def __init__(self, config):
         super().__init__(config)
-        model = config.model
-        self.codec, self.codec_params = (
-            load_codec(model.vae) if model.vae else (SpaceToDepth(model.patch), {})
+        check_cache(config.data)
+        self.parts = parts = find_parts(config.model, config.data.side)
+        # No text tower: one zero token, so that cross-attention adds a bias.
+        length = parts.text.max_position_embeddings if parts.text else 1
+        empty = np.zeros((1, length, parts.unet.cross_attention_dim), np.float32)
+        dtype = jnp.dtype(config.model.dtype)
+        self.unet = SatUNet(parts.unet, dtype=dtype, remat=config.model.remat)
+        self.frozen = Backbone(
+            unet=self.unet,
+            unet_params={},
+            codec=parts.codec,
+            codec_params={},
+            schedule=parts.schedule,
+            context=empty,
+            uncond=empty,
         )
-        self.schedule = Schedule(prediction_type=model.prediction_type)
-        self.loaded = None
-        if model.weights:
-            folder = Path(model.weights)
-            folder = folder / "unet" if (folder / "unet").is_dir() else folder
-            self.unet_config, self.loaded, _ = load_unet(folder)
-        else:
-            self.unet_config = unet_config(model, self.codec.latent_channels)
-        self.unet = SatUNet(self.unet_config, dtype=jnp.dtype(model.dtype))
-        self.frozen = self._backbone({})
         self.extract = ExtractConfig(posterior="sample", seed=config.seed)
+        self.tower, self.maker, self.sources = None, None, {}
+        self.host = self.frozen, None
 
     # -- parameters ------------------------------------------------------------------------
 
     def init(self, seed):
-        if self.loaded is not None:
-            return self.loaded, {}
-        # A zero output layer starts the loss at the variance of the target (Ho et al. 2020).
-        zero = [(r"^conv_out/", lambda rng, shape: np.zeros(shape))]
-        return host_init(unet_shapes(self.unet_config), seed, zero), {}
+        return load_unet_params(self.parts, seed), {}
+
+    def prepare(self, mesh, batches):
+        """Loads the frozen parts: onto the mesh, and as host arrays for caches and drawing."""
+        self.mesh, self.batches, tower = mesh, batches, None
+        frozen = self.frozen.replace(codec_params=load_codec_params(self.parts))
+        if self.parts.text:
+            tower = load_text(self.parts, self.config.model.dtype)
+            empty = np.asarray(embed_ids(tower, self.tokenizer([EMPTY_PROMPT])), np.float32)
+            frozen = frozen.replace(context=empty, uncond=empty)
+        if self.config.data.cache != "none":
+            size = self.config.eval.batch_size or self.config.batch_size
+            size = math.lcm(size, jax.local_device_count())
+            self.maker = Precomputed(frozen, tower, self.last_transform, batches, size)
+        self.host = frozen, tower
+        self.frozen = frozen.replace(codec_params=self._place(frozen.codec_params))
+        self.tower = tower and tower.replace(params=self._place(tower.params))
+
+    def _place(self, params):
+        return put_tree(params, tree_shardings(params, self.sharding_rules, self.mesh))
 
     def plan(self):
-        rows = [PlanRow("unet", unet_shapes(self.unet_config), trainable=True)]
-        if self.codec_params:
-            rows.append(PlanRow("vae", self.codec_params, note="frozen"))
+        parts = self.parts
+        rows = [PlanRow("unet", unet_shapes(parts.unet), trainable=True)]
+        if not isinstance(parts.codec, SpaceToDepth):
+            rows.append(PlanRow("vae", vae_shapes(parts.codec.config), note="frozen"))
+        if parts.text:
+            rows.append(PlanRow("text_encoder", text_encoder_shapes(parts.text), note="frozen"))
         return rows
+
+    def sketch(self, mesh, rows):
+        return sketch_pretraining(self, mesh, rows)
+
+    def flops(self):
+        return count_training_flops(self, self.config.batch_size)
 
     # -- data ------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def tokenizer(self):
+        return load_words(self.parts) if self.parts.text else None
+
+    @functools.cached_property
+    def last_transform(self) -> ToTrainInput:
+        side, fields = self.config.data.side, self.parts.unet.num_metadata
+        return ToTrainInput(side, fields, self.tokenizer)
+
     def _source(self, split: str):
-        data = self.config.data
-        if data.name in ("scenes", "scenes_seg"):
-            size = data.val_size if split == "val" else data.size
-            return open_source("scenes", split, side=data.side, size=size)
-        exclude = json.loads(Path(data.exclude).read_text()) if data.exclude else []
-        source = open_source(
-            "images",
-            split,
-            roots=[p for p in data.train.split(",") if p],
-            exclude=exclude,
-            holdout=data.holdout,
-            on_corrupt=data.on_corrupt,
-        )
-        return InMemory(source)
+        if split not in self.sources:
+            source = open_pictures(self.config.data, split, has_text=bool(self.parts.text))
+            made = self.maker.of(source, self.config.data) if self.maker else source
+            self.sources[split] = made
+        return self.sources[split]
 
     def train_source(self):
         return self._source("train")
 
     def transforms(self, split):
-        data = self.config.data
-        last = ToLatentInput(data.side, self.unet_config.num_metadata)
-        if split != "train":
-            return (last,)
-        steps = []
-        if data.smallest_crop:
-            steps.append(RandomCrop(data.smallest_crop, data.largest_crop))
-        if data.flips:
-            steps.append(QuarterTurns())
-        return (*steps, last)
+        if self.config.data.cache != "none":
+            return ()
+        return make_transforms(self.config.data, split, self.last_transform)
 
     # -- objective -------------------------------------------------------------------------
 
     def encode(self, batch):
-        rest = {k: v for k, v in batch.items() if k != "pixels"}
-        latents = encode_latents(self.frozen, batch["pixels"], self.extract, batch["index"])
-        return rest | {"latents": latents}
+        return self._encode(batch, self.frozen, self.tower)
 
-    def _errors(self, params, latents, t, noise, metadata):
+    def _encode(self, batch, frozen, tower):
+        """Pixels or moments -> latents; token ids or kept text -> context [B,S,D]."""
+        made = {k: v for k, v in batch.items() if k not in RAW}
+        if "pixels" in batch:
+            pixels, index = batch["pixels"], batch["index"]
+            made["latents"] = encode_latents(frozen, pixels, self.extract, index)
+        else:
+            mean, index = batch["mean"], batch["index"].astype(jnp.uint32)
+            seed, logvar = np.uint32(self.extract.seed), batch.get("logvar")
+            made["latents"] = draw_latents(frozen.codec, mean, logvar, index, seed)
+        if "text" in batch:
+            made["context"] = as_float(batch["text"])
+        elif "ids" in batch:
+            made["context"] = embed_ids(tower, batch["ids"])
+        return made
+
+    def _errors(self, params, batch, t, noise):
         """Mean squared error per image [B], float32, of the prediction at times t [B]."""
-        noisy = self.schedule.add_noise(latents, noise, t)
-        target = self.schedule.training_target(latents, noise, t)
+        latents, schedule = batch["latents"], self.frozen.schedule
+        noisy = schedule.add_noise(latents, noise, t)
+        target = schedule.training_target(latents, noise, t)
+        context = batch.get("context", self.frozen.uncond)
         out, _ = self.unet.apply(
-            {"params": params}, noisy, t.astype(jnp.float32), self._context(), metadata
+            {"params": params}, noisy, t.astype(jnp.float32), context, batch.get("metadata")
         )
         return jnp.mean((out.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
 
-    def _context(self):
-        # No text tower in small pretraining: one zero token, so cross-attention adds a bias.
-        return jnp.zeros((1, 1, self.unet_config.cross_attention_dim))
-
     def loss(self, params, state, batch, key, phase):
-        model, latents = self.config.model, batch["latents"]
+        model, latents, schedule = self.config.model, batch["latents"], self.frozen.schedule
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["index"].astype(jnp.uint32))
-        parts = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
-        steps = self.schedule.num_train_timesteps
+        parts = jax.vmap(lambda k: jax.random.split(k, 4))(keys)
+        steps = schedule.num_train_timesteps
         t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(parts[:, 0])
         noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(parts[:, 1])
-        metadata = batch.get("metadata")
-        if metadata is not None:
-            keep = jax.vmap(
-                lambda k: jax.random.bernoulli(k, 1 - model.metadata_dropout, metadata.shape[1:])
-            )(parts[:, 2])
-            metadata = jnp.where(keep, metadata, 0.0)
-        errors = self._errors(params, latents, t, noise, metadata)
+        given = dict(batch)
+        if "metadata" in batch:
+            fields = batch["metadata"]
+            keep = _keep(parts[:, 2], model.metadata_dropout, fields.shape[1:])
+            given["metadata"] = jnp.where(keep, fields, 0.0)
+        if "context" in batch:
+            text = batch["context"]
+            keep = _keep(parts[:, 3], model.caption_dropout, (1, 1))
+            given["context"] = jnp.where(keep, text, self.frozen.uncond.astype(text.dtype))
+        errors = self._errors(params, given, t, noise)
         weights = jnp.ones_like(errors)
         if model.min_snr_gamma:
-            weights = self.schedule.min_snr_weight(t, model.min_snr_gamma, model.min_snr_mode)
+            weights = schedule.min_snr_weight(t, model.min_snr_gamma, model.min_snr_mode)
         loss = jnp.sum(weights * errors)
         return loss, jnp.float32(len(errors)), state, {"mse": jnp.mean(errors)}
 
     def predict(self, params, state, batch, phase):
         """Unweighted error [B, len(EVAL_TIMES)] with noise fixed by the image's place."""
-        latents = batch["latents"]
+        shape, index = batch["latents"].shape[1:], batch["index"].astype(jnp.uint32)
 
         def at(time):
             base = jax.random.key(time)
-            keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(
-                batch["index"].astype(jnp.uint32)
-            )
-            noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(keys)
-            t = jnp.full((len(latents),), time)
-            return self._errors(params, latents, t, noise, batch.get("metadata"))
+            keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(index)
+            noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+            return self._errors(params, batch, jnp.full((len(index),), time), noise)
 
         return jax.lax.map(at, jnp.asarray(EVAL_TIMES)).T, state
 
@@ -192,7 +236,7 @@ class PretrainTask(Task):
 
     def during(self, step, params, workdir):
         count = self.config.eval.samples
-        if not count or jax.process_index():
+        if not count:
             return
         images = self.sample(params, count, seed=self.config.seed)
         folder = Path(workdir) / "samples"
@@ -200,48 +244,56 @@ class PretrainTask(Task):
         save_grid(images, folder / f"{step:07d}.png")
 
     def sample(self, params, count: int, seed: int):
-        """uint8 [count, S, S, 3] drawn from the model, with the metadata of held-out images."""
-        metadata = None
-        if self.unet_config.num_metadata:
-            source = self._source("val")
-            prepare = self.transforms("val")[0]
-            rows = [prepare(source[i % len(source)], None)["metadata"] for i in range(count)]
-            metadata = jnp.asarray(np.stack(rows))
-        spec = SampleConfig(num_steps=self.config.eval.sample_steps, seed=seed)
-        side = self.config.data.side // self.codec.factor
-        backbone = self._backbone(params)
-        pixels = sample_images(backbone, spec, count=count, side=side, metadata=metadata)
-        return to_uint8(np.asarray(pixels))
+        """uint8 [count,S,S,3] drawn with the captions and metadata of held-out images.
 
-    def _backbone(self, params) -> Backbone:
-        return Backbone(
-            unet=self.unet,
-            unet_params=params,
-            codec=self.codec,
-            codec_params=self.codec_params,
-            schedule=self.schedule,
-            context=self._context(),
+        Of several processes one may call it: then it draws on the devices of its own.
+        """
+        rule, mesh, frozen, tower = self.config.eval, self.mesh, self.frozen, self.tower
+        if jax.process_count() > 1:
+            mesh = make_mesh(devices=jax.local_devices())
+            frozen, tower, params = jax.device_put((*self.host, params), replicated(mesh))
+        batch = self._encode(self._held_out(count, mesh), frozen, tower)
+        pixels = sample_images(
+            frozen.replace(unet_params=params, context=batch.get("context", frozen.context)),
+            SampleConfig(rule.sample_steps, rule.guidance, seed),
+            index=batch["index"],
+            side=self.config.data.side // frozen.codec.factor,
+            metadata=batch.get("metadata"),
         )
+        return to_uint8(np.asarray(pixels))[:count]
+
+    def _held_out(self, count: int, mesh):
+        """A batch of at least `count` validation rows, repeated where there are fewer."""
+        ways, source = count_ways(mesh), self._source("val")
+        rows = -(-count // ways) * ways
+        picked = Subset(source, np.arange(rows) % len(source))
+        loader = self.batches(picked, self.transforms("val"), batch_size=rows)
+        return put_batch(next(loader), mesh)
+
+    def embed(self, texts: Sequence[str]):
+        """Context [n,S,D] of prompts; zeros without a text tower."""
+        if self.tower is None:
+            return np.repeat(self.frozen.uncond, len(texts), axis=0)
+        return np.asarray(embed_ids(self.tower, self.tokenizer(texts)), np.float32)
+
+    def sampler(self, workdir) -> Sampler:
+        """What `launch.py sample` draws with: the parameters that a run scores."""
+        mesh = make_mesh(devices=jax.local_devices())
+        self.prepare(mesh, None)
+        params = restore_trained(self, workdir, mesh).params
+        return Sampler(self.frozen.replace(unet_params=params), self.embed, self.config.data.side)
 
     def report(self, params, state, results, workdir):
-        prompts = {PROMPT: np.asarray(self._context()[0])}
-        export_backbone(Path(workdir) / "export", self._backbone(params), prompts)
+        (frozen, tower), folder = self.host, Path(workdir) / "export"
+        backbone = frozen.replace(unet_params=params)
+        if tower is None:
+            export_backbone(folder, backbone, {p: frozen.uncond[0] for p in (PROMPT, "")})
+        else:
+            words = self.parts.folders["tokenizer"]
+            text = self.parts.text, tower.params
+            export_backbone(folder, backbone, {}, tower=text, tokenizer=words)
 
 
-def unet_config(model, latent_channels: int) -> UNetConfig:
-    """UNetConfig of the sizes in `config.model` (channels, heads, attention_levels, ...)."""
-    levels = tuple(model.attention_levels)
-    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in levels)
-    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(levels))
-    return UNetConfig(
-        block_out_channels=tuple(model.channels),
-        layers_per_block=model.layers_per_block,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=model.context_dim,
-        attention_head_dim=tuple(model.heads),
-        norm_num_groups=min(32, *(c // 4 for c in model.channels)),
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        num_metadata=7 if model.metadata else 0,
-    )
+def _keep(keys, dropout: float, shape) -> jax.Array:
+    """bool [B, *shape], True with chance 1 - dropout, one key a row."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout, shape))(keys)

@@ -1,4 +1,4 @@
-"""DDIM sampling: pictures drawn from a diffusion model, with guidance and metadata."""
+"""DDIM sampling: pictures drawn from a diffusion model, with guidance, prompts and metadata."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ class SampleConfig:
 
 
 def sample_latents(
-    backbone: Backbone, spec: SampleConfig, *, count: int, side: int, metadata=None
+    backbone: Backbone, spec: SampleConfig, *, index, side: int, metadata=None
 ) -> jax.Array:
-    """`count` latents [count,side,side,C] float32, `side` in latent pixels, one compiled loop.
+    """Latents [B,side,side,C] float32 of images `index` [B], `side` in latent pixels, one program.
 
-    Image i depends on (seed, i) alone. metadata [count,F] normalised; a UNet with metadata
-    embeddings that is given none gets zeros, the value of a missing field in its training. The
-    unconditional half has the empty prompt and zero metadata.
+    An image depends on (seed, its index) and on its row of `backbone.context` and of metadata
+    alone. The context is one for all [1,S,D] or one per image [B,S,D]. metadata [B,F] normalised; a
+    UNet with metadata embeddings that is given none gets zeros, the value of a missing field in its
+    training. The unconditional half has the empty prompt and zero metadata. Rows may be sharded.
     """
-    fields = backbone.unet.config.num_metadata
+    fields, count = backbone.unet.config.num_metadata, len(index)
     if metadata is not None and not fields:
         raise ValueError("metadata is given, but this UNet has no metadata embeddings")
     if fields:
-        metadata = jnp.zeros((count, fields)) if metadata is None else jnp.asarray(metadata)
+        metadata = np.zeros((count, fields), np.float32) if metadata is None else metadata
         if metadata.shape != (count, fields):
             raise ValueError(f"metadata {metadata.shape}: need [{count},{fields}]")
+    if len(backbone.context) not in (1, count):
+        raise ValueError(f"{len(backbone.context)} prompts for {count} images: give 1 or {count}")
     if spec.is_guided and backbone.uncond is None:
         raise ValueError(
             f"guidance_scale={spec.guidance_scale} needs the embedding of the empty prompt; load "
@@ -52,11 +55,8 @@ def sample_latents(
         np.asarray(s, np.float32) for s in backbone.schedule.sampling_steps(spec.num_steps)
     )
     guidance = np.float32(spec.guidance_scale) if spec.is_guided else None
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(spec.seed)))(
-        jnp.arange(count)
-    )
     shape = (side, side, backbone.unet.config.in_channels)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    noise = _draw(np.uint32(spec.seed), index, shape=shape)
     return _denoise(backbone, noise, steps, metadata, guidance)
 
 
@@ -66,11 +66,17 @@ def decode_latents(backbone: Backbone, latents) -> jax.Array:
 
 
 def sample_images(
-    backbone: Backbone, spec: SampleConfig, *, count: int, side: int, metadata=None
+    backbone: Backbone, spec: SampleConfig, *, index, side: int, metadata=None
 ) -> jax.Array:
-    """`count` images [count,S,S,3] in [-1,1]; `side` in latent pixels. See `sample_latents`."""
-    latents = sample_latents(backbone, spec, count=count, side=side, metadata=metadata)
+    """Images [B,S,S,3] in [-1,1]; `side` in latent pixels. See `sample_latents`."""
+    latents = sample_latents(backbone, spec, index=index, side=side, metadata=metadata)
     return decode_latents(backbone, latents)
+
+
+@functools.partial(jit, static_argnames=("shape",))
+def _draw(seed, index, *, shape) -> jax.Array:
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 @jit

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from common_jax.attention import attend
+from common_jax.compiler import jit
 from common_jax.init import host_init
 from common_jax.layers import LayerNorm, Linear, declare
 from satdifuser_jax.published_config import to_json
@@ -165,6 +167,20 @@ class CLIPTextModel(nn.Module):
         x = Embeddings(config, name="embeddings")(ids).astype(self.dtype)
         x = Layers(config, self.dtype, self.attention, name="encoder")(x)
         return LayerNorm(config.layer_norm_eps, name="final_layer_norm")(x)
+
+
+@struct.dataclass
+class TextTower:
+    """A frozen tower. A pytree: pass it to jitted functions as an argument, never close over it."""
+
+    model: CLIPTextModel = struct.field(pytree_node=False)
+    params: dict
+
+
+@jit
+def embed_ids(tower: TextTower, ids) -> jax.Array:
+    """Token ids [B,S] -> embeddings [B,S,D] in the dtype of the tower."""
+    return tower.model.apply({"params": tower.params}, ids)
 
 
 def text_encoder_shapes(config: TextConfig) -> dict:

@@ -17,7 +17,14 @@ ALLOWED = {
     "configs": {"configs"},
 }
 # Only tasks read datasets; models, samplers and heads are a library without `data`.
-READS_DATA = {"probe.py", "pretrain.py", "task.py", "inference.py", "sweep.py"}
+READS_DATA = {
+    "probe.py",
+    "pretrain_data.py",
+    "sample_files.py",
+    "task.py",
+    "inference.py",
+    "sweep.py",
+}
 FORBIDDEN = {"tensorflow", "torch", "diffusers", "clu"}
 
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from test_train_loop import PIPELINE, losses
+from text_towers import write_tower
 
 from common_jax.train_loop import train
 from configs import satdifuser_probe
@@ -14,6 +16,7 @@ from configs.satdifuser_pretrain import get_config
 from satdifuser_jax.backbone import load_backbone
 from satdifuser_jax.pretrain import PretrainTask
 from satdifuser_jax.probe import ProbeTask
+from satdifuser_jax.sample_files import DrawConfig, load_sampler, write_samples
 
 
 def tiny(**changes):
@@ -92,10 +95,10 @@ def test_the_loss_equals_the_formula_of_min_snr_on_a_network_that_answers_zero()
     loss, _, _, metrics = task.loss(params, {}, batch, key, None)
     expected = plain = 0.0
     for i in range(4):
-        parts = jax.random.split(jax.random.fold_in(key, i), 3)
+        parts = jax.random.split(jax.random.fold_in(key, i), 4)
         t = int(jax.random.randint(parts[0], (), 0, 1000))
         noise = np.asarray(jax.random.normal(parts[1], batch["latents"].shape[1:]))
-        alpha = float(task.schedule.alphas_cumprod[t])
+        alpha = float(task.frozen.schedule.alphas_cumprod[t])
         target = np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * np.asarray(batch["latents"][i])
         snr = alpha / (1 - alpha)
         plain += np.mean(target**2) / 4
@@ -113,3 +116,53 @@ def test_dropped_metadata_is_the_number_zero():
     dropped = float(always.loss(params, {}, batch, key, None)[0])
     assert dropped == float(never.loss(params, {}, zeros, key, None)[0])
     assert dropped != float(never.loss(params, {}, batch, key, None)[0])
+
+
+class Listens:
+    """A network that costs nothing and hears its context: the answer is the context's mean."""
+
+    def apply(self, variables, x, t, context, metadata):
+        heard = jnp.broadcast_to(context.mean((1, 2)), t.shape)
+        return jnp.broadcast_to(heard[:, None, None, None], x.shape), {}
+
+
+def test_a_dropped_caption_is_the_empty_prompt():
+    def losses_of(dropout, context):
+        task = PretrainTask(tiny(**{"model.caption_dropout": dropout}))
+        task.unet = Listens()
+        task.frozen = task.frozen.replace(uncond=np.full((1, 1, 16), 0.5, np.float32))
+        batch = batch_of(task, 64) | {"context": jnp.full((64, 1, 16), context)}
+        return float(task.loss({}, {}, batch, jax.random.key(0), None)[0])
+
+    empty, spoken = losses_of(0.0, 0.5), losses_of(0.0, 3.0)
+    assert losses_of(1.0, 3.0) == empty
+    # The error is quadratic in the context: half the rows give half the difference.
+    share = (losses_of(0.5, 3.0) - empty) / (spoken - empty)
+    assert 0.3 < share < 0.7
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """(config, workdir) of a tiny pretraining with a text tower, guidance and a cache."""
+    folder = tmp_path_factory.mktemp("captioned")
+    text = {"model.text": str(write_tower(folder / "tower")), "data.cache": "latents"}
+    fixed = {"data.smallest_crop": 0, "data.flips": False, "data.cache_dir": str(folder / "cache")}
+    config = tiny(**text, **fixed, **{"data.size": 8, "eval.guidance": 2.0, "eval.samples": 3})
+    assert train(PretrainTask(config), config, str(folder / "run"), PIPELINE) == 0
+    return config, folder / "run"
+
+
+def test_captions_reach_the_network_and_the_export_draws_what_the_run_draws(captioned, tmp_path):
+    config, workdir = captioned
+    assert len(losses(workdir)) == 3 and (workdir / "samples" / "0000003.png").is_file()
+    prompts = ["A satellite image", "New Zealand"]
+    run, export = PretrainTask(config).sampler(workdir), load_sampler(workdir / "export", None)
+    assert run.side == export.side == 32
+    np.testing.assert_allclose(run.embed(prompts), export.embed(prompts), rtol=1e-5, atol=1e-6)
+    drawing = DrawConfig(count=2, steps=2, guidance=4.0)
+    for name, sampler in (("run", run), ("export", export)):
+        write_samples(sampler, drawing, prompts, {"month": 7.0}, tmp_path / name)
+    one, two = (
+        np.asarray(Image.open(tmp_path / name / "0001.png"), int) for name in ("run", "export")
+    )
+    assert abs(one - two).max() <= 1

@@ -23,7 +23,9 @@ def test_sampling_equals_diffusers_ddim(guidance):
 
     spec = SampleConfig(num_steps=7, guidance_scale=guidance, seed=3)
     metadata = np.random.default_rng(0).random((2, 7), np.float32) / 100
-    found = sample_latents(fake(num_metadata=7), spec, count=2, side=4, metadata=metadata)
+    found = sample_latents(
+        fake(num_metadata=7), spec, index=np.arange(2), side=4, metadata=metadata
+    )
     scheduler = diffusers.DDIMScheduler.from_config(SCHEDULE.to_config())
     scheduler.set_timesteps(7)
     x = torch.from_numpy(start(spec, 2, 4))
@@ -39,10 +41,10 @@ def test_sampling_equals_diffusers_ddim(guidance):
 
 def test_an_image_depends_on_its_seed_and_number_alone():
     backbone = fake()
-    many = sample_latents(backbone, SampleConfig(num_steps=3), count=5, side=4)
-    few = sample_latents(backbone, SampleConfig(num_steps=3), count=2, side=4)
+    many = sample_latents(backbone, SampleConfig(num_steps=3), index=np.arange(5), side=4)
+    few = sample_latents(backbone, SampleConfig(num_steps=3), index=np.arange(2), side=4)
     np.testing.assert_allclose(many[:2], few, rtol=1e-5)
-    other = sample_latents(backbone, SampleConfig(num_steps=3, seed=1), count=2, side=4)
+    other = sample_latents(backbone, SampleConfig(num_steps=3, seed=1), index=np.arange(2), side=4)
     assert not np.allclose(other, few)
 
 
@@ -53,11 +55,11 @@ def test_a_perfect_velocity_network_samples_its_picture():
     backbone = fake("velocity", in_channels=12, out_channels=12)
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (4, 4, 12))
     backbone = backbone.replace(unet_params={"z": z, "noise": np.asarray(noise)})
-    latents = np.asarray(sample_latents(backbone, spec, count=1, side=4))[0]
+    latents = np.asarray(sample_latents(backbone, spec, index=np.arange(1), side=4))[0]
     # Sampling assumes pure noise at the first time; what is left of z there is its only error.
     assert np.corrcoef(latents.ravel(), z.ravel())[0, 1] > 0.98
     picture = SpaceToDepth(2).apply({}, latents[None], method="decode")
-    images = sample_images(backbone, spec, count=1, side=4)
+    images = sample_images(backbone, spec, index=np.arange(1), side=4)
     assert images.shape == (1, 8, 8, 3)
     np.testing.assert_allclose(images, np.clip(picture, -1, 1), atol=1e-6)
 
@@ -71,13 +73,15 @@ def test_decoding_undoes_the_scaling():
 
 def test_missing_metadata_counts_as_zeros_and_wrong_ones_are_refused():
     backbone, spec = fake(num_metadata=7), SampleConfig(num_steps=2)
-    a = sample_latents(backbone, spec, count=2, side=4)
-    b = sample_latents(backbone, spec, count=2, side=4, metadata=np.zeros((2, 7), np.float32))
+    a = sample_latents(backbone, spec, index=np.arange(2), side=4)
+    b = sample_latents(
+        backbone, spec, index=np.arange(2), side=4, metadata=np.zeros((2, 7), np.float32)
+    )
     np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"need \[2,7\]"):
-        sample_latents(backbone, spec, count=2, side=4, metadata=np.zeros((3, 7)))
+        sample_latents(backbone, spec, index=np.arange(2), side=4, metadata=np.zeros((3, 7)))
     with pytest.raises(ValueError, match="no metadata embeddings"):
-        sample_latents(fake(), spec, count=2, side=4, metadata=np.zeros((2, 7)))
+        sample_latents(fake(), spec, index=np.arange(2), side=4, metadata=np.zeros((2, 7)))
     with pytest.raises(ValueError, match="empty prompt"):
         guided = SampleConfig(num_steps=2, guidance_scale=2.0)
-        sample_latents(fake().replace(uncond=None), guided, count=2, side=4)
+        sample_latents(fake().replace(uncond=None), guided, index=np.arange(2), side=4)
