@@ -234,7 +234,7 @@ def test_a_killed_run_with_a_worker_process_is_resumed(tmp_path):
     arguments = [str(tmp_path / "in"), str(out), "--per-shard=1"]
     command = [sys.executable, "-m", "data.prepare", *arguments, "--workers=1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while not list(out.glob("*.json")) and time.monotonic() < limit:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
