@@ -6,9 +6,10 @@
     python launch.py predict     --workdir=runs/a --images=FILE_OR_FOLDER [--out=FOLDER]
     python launch.py predict     --weights=FOLDER --image=FILE --ask="..." [--history]
     python launch.py eval        --weights=FOLDER --records=NAME --out=FOLDER
+    python launch.py sample      --workdir=runs/a [--prompt="..." --sampling=guidance=4]
     python launch.py convert     --weights=FOLDER --to=public|flax-diffusers --out=FOLDER
     python launch.py verify      --weights=FOLDER
-    python launch.py plan        --config=...
+    python launch.py plan        --config=... [--topology=v5e:16x16] [--mesh=fsdp=256]
     python launch.py show_config --config=...
 
 Settings: --config.group.key=value. `:tiny` makes any config a smoke test that runs in seconds.
@@ -60,6 +61,15 @@ TO = flags.DEFINE_enum(
 )
 FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "array_record"], "Feature file format.")
 SWEEP = flags.DEFINE_list("sweep", [], "Linear probes of single timesteps and/or taps.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16 (TPUs), H200:8 (GPUs), or here.")
+MESH = flags.DEFINE_list("mesh", [], "Its axes, as in fsdp=64,tensor=4; 1 where not named.")
+PROGRAMS = flags.DEFINE_list("programs", ["train"], "Of it: train, eval, encode, decode, ...")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What is drawn; may be given several times.")
+METADATA = flags.DEFINE_list("metadata", [], "Of it, as in gsd=1,latitude=48,date=2019-08-31.")
+SAMPLING = flags.DEFINE_list("sampling", [], "As in count=8,steps=50,guidance=7.5,seed=0,side=256.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if not found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many run together; 1 is alone.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def make_task(config, method: str | None = None):
@@ -73,6 +83,13 @@ def make_task(config, method: str | None = None):
     return kind(config)
 
 
+def join() -> None:
+    """Find the other processes of this run and say which one this is; before any other work."""
+    from common_jax.distributed import join_processes
+
+    join_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
 def find_config(verb: str):
     """--config where given, else what the workdir was made with, as a nested locked ConfigDict."""
     if CONFIG.present:
@@ -81,7 +98,7 @@ def find_config(verb: str):
 
     config = ConfigDict(read_config(need(WORKDIR, verb)))
     # The devices of this machine, not of the one that trained: a score depends on neither.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()
 
 
@@ -89,15 +106,16 @@ def train() -> int:
     """Train in WORKDIR; the same command goes on after an interruption.
 
     Ends with scores in WORKDIR/results.json. Status 75: saved and stopped by SIGTERM.
+    Several processes find each other under SLURM, Kubernetes and on TPU pods; elsewhere each is
+    given --coordinator, --num_processes and --process_id.
     """
     from common_jax.train_loop import Pipeline
     from common_jax.train_loop import train as run
     from data.pipeline import eval_batches, train_batches
 
-    config = need(CONFIG, "train")
-    return run(
-        make_task(config), config, need(WORKDIR, "train"), Pipeline(train_batches, eval_batches)
-    )
+    config, workdir = need(CONFIG, "train"), need(WORKDIR, "train")
+    join()
+    return run(make_task(config), config, workdir, Pipeline(train_batches, eval_batches))
 
 
 def evaluate() -> int:
@@ -127,6 +145,7 @@ def evaluate() -> int:
     from common_jax.evaluate import evaluate_workdir
     from data.pipeline import eval_batches
 
+    join()
     return evaluate_workdir(make_task(config), workdir, eval_batches)
 
 
@@ -165,6 +184,29 @@ def predict() -> int:
     workdir, config = need(WORKDIR, "predict"), find_config("predict")
     task = make_task(config, "predict_images")
     return task.predict_images(workdir, need(IMAGES, "predict"), OUT.value)
+
+
+def sample() -> int:
+    """Draw pictures with the pretraining in WORKDIR (also while it goes on), or the pipeline in
+    --weights: OUT/0000.png and so on, grid.png, samples.jsonl. OUT is WORKDIR/drawn by default.
+
+    --prompt: what is drawn, in turn where there are several; --metadata: where, when, how fine,
+    whatever is not given counts as unknown. --sampling: count (4), steps (50), guidance (1; above,
+    prompt and metadata weigh more), seed (0), side in pixels (that of the model), batch (8).
+    """
+    from satdifuser_jax import sample_files
+
+    if WEIGHTS.value:
+        sampler = sample_files.load_sampler(WEIGHTS.value, RESOLUTION.value)
+        out = need(OUT, "sample")
+    else:
+        workdir = need(WORKDIR, "sample")
+        sampler = make_task(find_config("sample"), "sampler").sampler(workdir)
+        out = OUT.value or Path(workdir) / "drawn"
+    drawing = sample_files.parse_drawing(SAMPLING.value)
+    fields = sample_files.parse_metadata(METADATA.value)
+    print(sample_files.write_samples(sampler, drawing, PROMPT.value, fields, out))
+    return 0
 
 
 def load_model_that_answers(verb: str):
@@ -225,10 +267,23 @@ def verify() -> int:
 
 
 def plan() -> int:
-    """List parts, parameters and memory of a run; no weights and no pictures are read."""
-    from common_jax.plan import plan_table
+    """List parts, parameters and memory of a run; no weights and no pictures are read.
 
-    print(plan_table(make_task(need(CONFIG, "plan")).plan()))
+    --topology: also compile its --programs for that machine (a TPU slice needs no TPU, but the
+    extra tpu-plan; of GPUs that are not here only shapes and bytes are told): memory of a chip,
+    what is exchanged over which axis, the shortest possible time of a step, and, where it does not
+    fit, the nearest setting that does. --mesh alone: shapes and bytes on any device.
+    """
+    from common_jax.plan import plan_run, plan_table, run_in_child, set_mesh
+
+    config, topology = need(CONFIG, "plan"), TOPOLOGY.value or ""
+    status = run_in_child(topology)
+    if status is not None:
+        return status
+    print(plan_table(make_task(config).plan()))
+    if topology or MESH.value:
+        set_mesh(config.mesh, MESH.value)
+        print("\n" + plan_run(make_task, config, topology, PROGRAMS.value))
     return 0
 
 
@@ -238,17 +293,20 @@ def show_config() -> int:
     return 0
 
 
+PLACE = ("coordinator", "num_processes", "process_id")
 ANSWERING = ("weights", "decode", "out")  # of a GeoDiT model
 SCORING = ("sweep", *ANSWERING, "records", "predictions", "metric_profile")
 ASKING = ("image", *ANSWERING, "ask", "kind", "history")
+DRAWING = ("resolution", "prompt", "metadata", "sampling", "out")
 VERBS = {
-    "train": Verb(train, ("config", "workdir")),
-    "eval": Verb(evaluate, ("workdir", "config", *SCORING)),
+    "train": Verb(train, ("config", "workdir", *PLACE)),
+    "eval": Verb(evaluate, ("workdir", "config", *SCORING, *PLACE)),
     "extract": Verb(extract, ("config", "images", "out", "format")),
     "predict": Verb(predict, ("workdir", "config", "images", *ASKING)),
+    "sample": Verb(sample, ("workdir", "config", "weights", *DRAWING)),
     "convert": Verb(convert, ("weights", "out", "to", "resolution")),
     "verify": Verb(verify, ("weights", "resolution", "images")),
-    "plan": Verb(plan, ("config",)),
+    "plan": Verb(plan, ("config", "topology", "mesh", "programs")),
     "show_config": Verb(show_config, ("config", "workdir")),
 }
 
@@ -267,7 +325,9 @@ def main(words: list[str]) -> int:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         print("(set EO_TRACEBACK=1 for the full traceback)", file=sys.stderr)
-        return 1
+        from common_jax.distributed import leave
+
+        return leave(getattr(error, "status", 1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checkpoints: the only place that knows Orbax (v0 API, which its documentation gives for loops).
 
 `checkpoints/<step>/` holds the rolling ones, `best/<step>/` the one that won on validation.
-Each is written beside its final name and renamed, so a kill leaves the older ones whole.
+Each is written beside its final name and renamed, so a kill leaves the older ones whole. Every
+process writes and reads the parts of arrays that it holds; process 0 names a finished one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from common_jax.distributed import is_any
 from common_jax.metric_log import say
+
+SAVE_SECONDS = 1800  # for all processes to finish writing one checkpoint
 
 
 class CheckpointError(RuntimeError):
@@ -23,7 +27,8 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """Rolling and best checkpoints of one workdir. `tree` is any pytree of jax arrays."""
 
-    def __init__(self, workdir: Path, *, keep: int = 2, asynchronous: bool = True):
+    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
+        """keep: how many of the newest stay. keep_every: multiples of this step stay for good."""
         # Orbax wants absolute paths.
         self.folders = {name: (workdir / name).resolve() for name in ("checkpoints", "best")}
         self.started: dict[str, int] = {}
@@ -32,7 +37,10 @@ class Checkpoints:
                 folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep if name == "checkpoints" else 1,
-                    enable_async_checkpointing=asynchronous,
+                    keep_period=(keep_every or None) if name == "checkpoints" else None,
+                    async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+                    # Folders on a network may look older from another machine.
+                    single_host_load_and_broadcast=True,
                     cleanup_tmp_directories=True,
                     # Hosts meet by name, and both folders may write the same step at once.
                     multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -55,6 +63,8 @@ class Checkpoints:
                 return
             self.started[name] = step
             manager.save(step, args=args, force=True)
+        except jax.errors.JaxRuntimeError:  # another process is gone: no fault of the disk
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(name, step, error) from error
 
@@ -66,6 +76,8 @@ class Checkpoints:
                 check = getattr(manager, "check_for_errors", None)
                 if check:
                     check()
+            except jax.errors.JaxRuntimeError:
+                raise
             except (OSError, ValueError, RuntimeError) as error:
                 raise self._failed(name, self.started.get(name), error) from error
 
@@ -86,25 +98,32 @@ class Checkpoints:
     def restore(self, like, *, best: bool = False):
         """(tree, meta) of the newest readable checkpoint, on the shardings of `like`; else None.
 
-        A damaged newest checkpoint is reported and the one before it used. Raises CheckpointError
-        when checkpoints exist and none can be read.
+        A damaged newest checkpoint is reported and the one before it used, by all processes also
+        when only one of them cannot read its part. Raises CheckpointError when checkpoints exist
+        and none can be read.
         """
         name = "best" if best else "checkpoints"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        steps = self.steps(best=best)
-        problems = []
+        steps, problems = self.steps(best=best), []
+        reader = open_reader(self.folders[name], f"{name}-read") if steps else None
         for step in reversed(steps):
+            found, problem = None, ""
             try:
-                found = self.managers[name].restore(
+                found = reader.restore(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
                     ),
                 )
-                return found.state, found.meta
             except (OSError, ValueError, KeyError, TypeError) as error:
-                problems.append(f"step {step}: {str(error).splitlines()[0][:200]}")
-                say(f"checkpoint {self.folders[name]}/{step} cannot be read ({problems[-1]})")
+                problem = str(error).splitlines()[0][:200]
+                say(f"checkpoint {self.folders[name]}/{step} cannot be read ({problem})", here=True)
+            if not is_any(bool(problem)):
+                return found.state, found.meta
+            if not problem:
+                problem = "another process cannot read its part"
+                say(f"checkpoint {self.folders[name]}/{step}: {problem}")
+            problems.append(f"step {step}: {problem}")
         if problems:
             raise CheckpointError(
                 f"no checkpoint in {self.folders[name]} can be read: {'; '.join(problems)}. "
@@ -121,6 +140,25 @@ class Checkpoints:
                 say(f"closing {self.folders[name]}: {str(error).splitlines()[0][:200]}")
 
 
+def open_reader(folder: Path, name: str, handlers=None) -> ocp.CheckpointManager:
+    """A manager that only reads, for this process alone: it never waits for another one.
+
+    So a process that cannot read its part finds out without leaving the others in a barrier.
+    """
+    me = jax.process_index()
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{name}-{me}"
+            ),
+        ),
+        item_handlers=handlers,
+    )
+
+
 def read_checkpoint(workdir: Path, parts: Sequence[str]) -> tuple[dict, str]:
     """(parts of the best checkpoint or else of the newest, as host arrays; where they came from).
 
@@ -133,14 +171,8 @@ def read_checkpoint(workdir: Path, parts: Sequence[str]) -> tuple[dict, str]:
         folder = (workdir / name).resolve()
         if not folder.is_dir():
             continue
-        manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        manager = open_reader(folder, f"{name}-parts", handlers)
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 return _read_parts(manager, step, parts), f"{name}/{step}"

@@ -11,17 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from common_jax.checkpoint import read_checkpoint
 from common_jax.compiler import compiler_options
+from common_jax.distributed import batch_share, local_rows, sum_over_hosts
 from common_jax.files import write_json
 from common_jax.metric_log import say
 from common_jax.report import format_table
 from common_jax.sharding import (
+    BATCH_AXES,
     check_batch,
-    make_mesh,
     merge_trees,
+    on_mesh,
+    open_mesh,
     put_batch,
     put_tree,
     replicated,
@@ -37,10 +41,12 @@ class Scorer:
 
     def __init__(self, task: Task, mesh, batches, batch_size: int):
         self.task, self.mesh, self.batches, self.batch_size = task, mesh, batches, batch_size
+        self.share = batch_share(mesh)
         self.predict = jax.jit(
-            task.predict,
+            on_mesh(mesh, task.predict),
             static_argnums=3,
-            out_shardings=replicated(mesh),
+            # Each process counts its own rows, so none of them needs the others' outputs.
+            out_shardings=(NamedSharding(mesh, P(BATCH_AXES)), replicated(mesh)),
             compiler_options=compiler_options(),
         )
 
@@ -51,31 +57,17 @@ class Scorer:
             evaluator.source,
             evaluator.transforms,
             batch_size=self.batch_size,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=self.share.index,
+            num_hosts=self.share.count,
         )
         for batch in loader:
             encoded = self.task.encode(put_batch(batch, self.mesh))
             outputs, state = self.predict(params, state, encoded, phase)
-            rows = _local_rows(outputs, len(batch["mask"]))
-            counts = evaluator.update(rows, batch)
+            counts = evaluator.update(local_rows(outputs), batch)
             totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
         if totals is None:
             raise ValueError("evaluation set is empty: nothing to score")
-        return evaluator.finish(_sum_over_hosts(totals)), state
-
-
-def _local_rows(outputs, rows: int):
-    """This host's rows of replicated global outputs, as numpy."""
-    start = jax.process_index() * rows
-    return jax.tree.map(lambda x: np.asarray(x)[start : start + rows], outputs)
-
-
-def _sum_over_hosts(counts):
-    if jax.process_count() == 1:
-        return counts
-    gathered = multihost_utils.process_allgather(counts)
-    return jax.tree.map(lambda x: np.asarray(x).sum(0), gathered)
+        return evaluator.finish(sum_over_hosts(totals, self.share)), state
 
 
 class Trained(NamedTuple):
@@ -109,7 +101,7 @@ def evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) 
     """
     started, config = time.perf_counter(), task.config
     folder = check_config(workdir, config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = open_mesh(config.mesh)
     batch_size = config.eval.batch_size or config.batch_size
     check_batch(batch_size, mesh)
     task.prepare(mesh, batches)

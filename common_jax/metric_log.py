@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from common_jax.chips import peak_flops
 from common_jax.files import write_atomic
 
 
@@ -72,19 +73,38 @@ def _is_kept(line: str, resume_step: int) -> bool:
         return False
 
 
-def say(text: str) -> None:
-    """One line for the person watching (process 0); unbuffered, so that a log file is current."""
+def say(text: str, *, here: bool = False) -> None:
+    """One line for the person watching; unbuffered, so that a log file is current.
+
+    Process 0 speaks for all of them; `here` is for what only this process has seen.
+    """
     import jax
 
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+    if jax.process_index() == 0 or here:
+        host = f"host {jax.process_index()}: " if here and jax.process_count() > 1 else ""
+        print(host + text, file=sys.stderr, flush=True)
+
+
+def find_peak() -> float | None:
+    """Operations a second of all devices at their peak; None for a kind that is not known."""
+    import jax
+
+    device = jax.devices()[0]
+    one = peak_flops(device.device_kind)
+    if not one and device.platform != "cpu":
+        say(f"perf/mfu n/a: the peak of {device.device_kind} is not in common_jax/chips.py")
+    return one and one * jax.device_count()
 
 
 class Progress:
-    """Speed, remaining time and share of time spent waiting for data since the last line."""
+    """Speed, remaining time and share of time spent waiting for data since the last line.
 
-    def __init__(self, step: int, total: int):
-        self.total = total
+    cost: operations of an example (forward and backward). peak: operations a second that all
+    devices together could do. None where not known: then there is no MFU.
+    """
+
+    def __init__(self, step: int, total: int, cost: float | None = None, peak: float | None = None):
+        self.total, self.cost, self.peak = total, cost, peak
         self.mark = time.perf_counter()
         self.mark_step = step
         self.waited = 0.0
@@ -98,6 +118,8 @@ class Progress:
             "perf/examples_per_s": steps * batch_size / spent,
             "perf/data_wait_frac": min(self.waited / spent, 1.0),
         }
+        if self.cost and self.peak:
+            lap["perf/mfu"] = lap["perf/examples_per_s"] * self.cost / self.peak
         self.reset(step)
         return lap
 
@@ -112,8 +134,40 @@ class Progress:
         shown = " ".join(
             f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if k[:5] == "train"
         )
+        mfu = f"  MFU {100 * values['perf/mfu']:.1f} %" if "perf/mfu" in values else ""
         return (
             f"step {step}/{self.total}  {shown}  {rate:.3g} steps/s  "
             f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}  "
-            f"data wait {100 * values['perf/data_wait_frac']:.1f} %"
+            f"data wait {100 * values['perf/data_wait_frac']:.1f} %" + mfu
         )
+
+
+class Profile:
+    """A trace of `count` steps in WORKDIR/profile, from the third step of this process on."""
+
+    def __init__(self, workdir: Path, count: int, step: int):
+        self.folder, self.count, self.first = workdir / "profile", count, step + 2
+        self.is_open = False
+
+    def at(self, step: int, metrics) -> None:
+        """Called after each step has been handed to the devices; metrics: its outputs."""
+        if not self.count:
+            return
+        import jax
+
+        if step == self.first:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self.folder))
+            self.is_open = True
+        elif step == self.first + self.count:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if not self.is_open:
+            return
+        import jax
+
+        jax.profiler.stop_trace()
+        self.is_open = False
+        say(f"profile in {self.folder}: open it with xprof or tensorboard --logdir")

@@ -1,39 +1,34 @@
 """The only training loop.
 
 Order: restore -> first evaluation if asked -> for step: data -> step -> log one step late ->
-checkpoint -> evaluate -> preemption check; then final save, test scores, results.json, DONE.
+evaluate -> checkpoint -> preemption check; then final save, test scores, results.json, DONE.
+Several processes run it in step: whatever decides the way through the loop is the same in all.
 """
 
 from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from common_jax.checkpoint import Checkpoints
-from common_jax.compiler import compiler_options
+from common_jax.distributed import ask_first, batch_share, check_same, gather_tree
 from common_jax.evaluate import Scorer
 from common_jax.files import write_atomic, write_json
-from common_jax.metric_log import MetricLog, Progress, say
+from common_jax.metric_log import MetricLog, Profile, Progress, find_peak, say
 from common_jax.optim import count_steps, make_optimizer, make_schedule
-from common_jax.sharding import (
-    check_batch,
-    make_mesh,
-    merge_trees,
-    put_batch,
-    put_tree,
-    split_tree,
-    tree_shardings,
-)
+from common_jax.sharding import check_batch, merge_trees, open_mesh, put_batch
+from common_jax.stalls import StallWatch
 from common_jax.task import Task
-from common_jax.train_step import TrainState, make_step
-from common_jax.workdir import lock_workdir, open_workdir
+from common_jax.train_step import TrainState, jit_step, start_state
+from common_jax.workdir import enter_workdir, open_workdir
 
 SHOWN_METRICS = 4  # of an evaluation on the screen; metrics.jsonl has all
 PREEMPTED = 75  # exit status of a run that saved and stopped on SIGTERM (EX_TEMPFAIL: run again)
@@ -41,6 +36,12 @@ PREEMPTED = 75  # exit status of a run that saved and stopped on SIGTERM (EX_TEM
 
 class LossError(FloatingPointError):
     """The loss of a step was not finite."""
+
+
+class LostHostError(RuntimeError):
+    """Another process of this run ended or failed. `status` is the exit status: run again."""
+
+    status = 69  # EX_UNAVAILABLE
 
 
 class Pipeline(NamedTuple):
@@ -56,10 +57,12 @@ class Run:
     def __init__(self, task: Task, config, workdir: str, pipeline: Pipeline):
         self.task, self.config, self.pipeline = task, config, pipeline
         self.writer = jax.process_index() == 0
-        self.folder = open_workdir(workdir, config, is_writer=self.writer)
-        self.lock = lock_workdir(self.folder) if self.writer else None
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.folder, self.lock = enter_workdir(workdir, config)
+        self.mesh = open_mesh(config.mesh)
         check_batch(config.batch_size, self.mesh)
+        self.share = batch_share(self.mesh)
+        hosts = jax.process_index(), jax.process_count()
+        self.watch = StallWatch(self.folder, *hosts, config.log.stall)
         self.stop = False
         self.progress = {"best": None, "best_step": None, "stale": 0}
         self.compiled: dict = {}
@@ -71,29 +74,23 @@ class Run:
         rule = config.eval.select
         self.selected = f"val/{task.selection}" if rule == "auto" else rule
         self.source = task.train_source()
+        check_same("the number of training examples", len(self.source))
         sizes = {"examples": len(self.source), "batch_size": config.batch_size}
         self.total = count_steps(config.optim, **sizes)
         self.schedule = make_schedule(config.optim, **sizes)
         self.tx = make_optimizer(config.optim, self.schedule, task.lr_factors)
-        params, state = task.init(config.seed)
-        params, self.frozen = split_tree(params, task.trainable)
-        params = put_tree(params, tree_shardings(params, task.sharding_rules, self.mesh))
-        self.frozen = put_tree(
-            self.frozen, tree_shardings(self.frozen, task.sharding_rules, self.mesh)
-        )
-        state = put_tree(state, tree_shardings(state, (), self.mesh))
-        opt = jax.eval_shape(self.tx.init, params)
-        opt = jax.jit(
-            self.tx.init, out_shardings=tree_shardings(opt, task.sharding_rules, self.mesh)
-        )(params)
-        ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
-        step = put_tree(jnp.zeros((), jnp.int32), tree_shardings(jnp.zeros(()), (), self.mesh))
-        self.train = TrainState(step, params, ema, state, opt)
+        self.train, self.frozen = start_state(task, self.tx, config, self.mesh)
         self.scorer = Scorer(
             task, self.mesh, self.pipeline.eval, config.eval.batch_size or config.batch_size
         )
         self.evaluators = task.evaluators()
-        self.saves = Checkpoints(self.folder, keep=config.checkpoint.keep)
+        for name, evaluator in self.evaluators.items():
+            check_same(f"the number of {name} examples", len(evaluator.source))
+        checkpoint = config.checkpoint
+        self.saves = Checkpoints(
+            self.folder, keep=checkpoint.keep, keep_every=checkpoint.keep_every
+        )
+        self.saved_at = time.monotonic()
         restored = self.saves.restore(self.train._asdict())
         if restored:
             tree, meta = restored
@@ -107,12 +104,7 @@ class Run:
         """The program of one phase, compiled once; the seconds it took are logged."""
         if phase not in self.compiled:
             start = time.perf_counter()
-            step = jax.jit(
-                make_step(self.task, self.tx, self.config),
-                static_argnums=4,
-                donate_argnums=0,
-                compiler_options=compiler_options(),
-            )
+            step = jit_step(self.task, self.tx, self.config, self.train)
             lowered = step.lower(self.train, self.frozen, batch, key, phase)
             self.compiled[phase] = lowered.compile()
             spent = time.perf_counter() - start
@@ -140,7 +132,19 @@ class Run:
             say(self.lap.line(step, values))
 
     def save(self, *, best: bool = False) -> None:
+        self.watch.at(self.step, "checkpoint")
         self.saves.save(self.step, self.train._asdict(), self.progress, best=best)
+        if not best:
+            self.saved_at = time.monotonic()
+
+    def is_time_to_save(self) -> bool:
+        """By steps, or by minutes: there the clock of process 0 counts, asked at logged steps."""
+        checkpoint = self.config.checkpoint
+        if self.step % checkpoint.every == 0:
+            return True
+        if not checkpoint.minutes or self.step % self.config.log.every:
+            return False
+        return ask_first(time.monotonic() - self.saved_at >= 60 * checkpoint.minutes)
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -150,6 +154,7 @@ class Run:
 
     def evaluate(self, names) -> dict[str, float]:
         """Score the named sets; the task's state moves on where evaluation counts as a call."""
+        self.watch.at(self.step, "evaluation")
         found, state = {}, self.train.state
         for name in names:
             start = time.perf_counter()
@@ -164,7 +169,10 @@ class Run:
             say(f"step {self.step}  {name}: {shown}  ({time.perf_counter() - start:.1f} s)")
         self.train = self.train._replace(state=state)
         self.log.write(self.step, found)
-        self.task.during(self.step, self.params_to_score(), str(self.folder))
+        if type(self.task).during is not Task.during:
+            params = gather_tree(self.params_to_score())  # process 0 draws alone
+            if self.writer:
+                self.task.during(self.step, params, str(self.folder))
         self.lap.reset(self.step)
         return found
 
@@ -199,26 +207,29 @@ class Run:
             self.task.transforms("train"),
             batch_size=config.batch_size,
             seed=config.seed,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=self.share.index,
+            num_hosts=self.share.count,
             step=self.step,
             workers=config.data.workers,
         )
         pending, done = None, self.step >= self.total
         while not done:
+            self.watch.at(self.step, "data")
             waited = time.perf_counter()
             batch = put_batch(next(batches), self.mesh)
             self.lap.waited += time.perf_counter() - waited
+            self.watch.at(self.step, "step")
             batch = self.task.encode(batch)
             program = self.compile(batch, key, self.task.phase(self.step))
             self.train, metrics = program(self.train, self.frozen, batch, key)
             self.step += 1
+            self.profile.at(self.step, metrics)
             if pending:
                 self.report(*pending)
             pending = (self.step, metrics)
             last = self.step >= self.total
             evaluates = "val" in self.evaluators and (self.step % every == 0 or last)
-            saves = self.step % config.checkpoint.every == 0 or last
+            saves = self.is_time_to_save() or last
             stops = self._should_stop()
             if evaluates or saves or stops:
                 self.report(*pending)  # nothing is saved or selected on an unread loss
@@ -234,11 +245,10 @@ class Run:
         return True
 
     def _should_stop(self) -> bool:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             return self.stop
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(jnp.asarray(self.stop)).any())
+        # A notice to any process reaches all of them, which agree on the step to stop after.
+        return multihost_utils.reached_preemption_sync_point(self.step)
 
     def finish(self, started: float) -> dict:
         """Score the best checkpoint on every set, draw, write results.json and DONE."""
@@ -253,11 +263,21 @@ class Run:
         if self.evaluators:
             results |= self.evaluate(self.evaluators)
         results["seconds"] = round(time.perf_counter() - started, 2)
+        scored = gather_tree((self.params_to_score(), self.train.state))
         if self.writer:
-            self.task.report(self.params_to_score(), self.train.state, results, str(self.folder))
+            self.task.report(*scored, results, str(self.folder))
             write_json(self.folder / "results.json", results)
             write_atomic(self.folder / "DONE", b"")
         return results
+
+    def close(self) -> None:
+        """Release files and threads; a failed process among several waits for no other one."""
+        parts = ["watch", "profile", "log"]
+        if jax.process_count() == 1 or sys.exc_info()[0] is None:
+            parts.append("saves")
+        for part in parts:
+            if hasattr(self, part):
+                getattr(self, part).close()
 
 
 def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
@@ -276,13 +296,16 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
     def ask_to_stop(*_):
         run.stop = True
 
-    previous = signal.signal(signal.SIGTERM, ask_to_stop)
+    # Where processes are joined, JAX hears SIGTERM itself and tells the others.
+    alone = not jax.distributed.is_initialized()
+    previous = signal.signal(signal.SIGTERM, ask_to_stop) if alone else None
     try:
         run.build()
         run.log = MetricLog(
             run.folder, resume_step=run.step, is_writer=run.writer, wandb=config.log.wandb
         )
-        run.lap = Progress(run.step, run.total)
+        run.lap = Progress(run.step, run.total, task.flops(), find_peak())
+        run.profile = Profile(run.folder, config.log.profile, run.step)
         say(f"{'continuing at' if run.step else 'starting at'} step {run.step} of {run.total}")
         complete = run.loop()
         if not complete:
@@ -292,8 +315,14 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
         run.finish(started)
         say(f"done: {run.folder}")
         return 0
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostHostError(
+            f"a process of this run is gone, or failed, in {run.watch.doing} of step {run.step}: "
+            f"{str(error).splitlines()[0][:300]}. Start all of them again with the same command"
+        ) from error
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        for part in ("log", "saves"):
-            if hasattr(run, part):
-                getattr(run, part).close()
+        if alone:
+            signal.signal(signal.SIGTERM, previous)
+        run.close()

@@ -11,7 +11,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from common_jax.files import read_json, write_atomic, write_json
+import jax
+
+from common_jax.distributed import check_same, is_any
+from common_jax.files import read_json, sha256_json, write_atomic, write_json
+from common_jax.metric_log import say
 
 # Settings that change how a run is executed, not what it computes.
 FREE_GROUPS = ("mesh", "log", "eval", "checkpoint")
@@ -117,22 +121,54 @@ def _check_same_run(folder: Path, found: dict, wanted: dict) -> None:
             "Use another --workdir, or set these keys as they are there."
         )
     for key in free:
-        from common_jax.metric_log import say
-
         say(f"config change kept: {key} was {found.get(key)!r}, now {wanted.get(key)!r}")
 
 
+def enter_workdir(path: str, config):
+    """(folder, its lock) of a run about to train; process 0 holds the lock for all of them.
+
+    Raises WorkdirError, in every process alike, when another run is at work there or was started
+    there with another config, or when the processes do not see one folder; ValueError when they
+    were given different configs.
+    """
+    folder, lock, problem = Path(path).expanduser(), None, None
+    check_same("the config", int(sha256_json(flatten_config(config))[:12], 16))
+    writer = jax.process_index() == 0
+    try:
+        if writer:  # the lock first: a second run must not even change config.json
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_workdir(folder)
+            open_workdir(path, config, is_writer=True)
+    except WorkdirError as error:
+        problem = error
+    if is_any(problem is not None):
+        if lock:
+            lock.close()
+        raise problem or WorkdirError(f"process 0 could not enter {folder}; its message says why")
+    if is_any(not (folder / "config.json").is_file()):
+        raise WorkdirError(
+            f"workdir {folder} is not one folder for all {jax.process_count()} processes: some do "
+            "not see what process 0 wrote there. Use a folder on a shared file system"
+        )
+    return folder, lock
+
+
 def lock_workdir(folder: Path):
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
+    """Hold the folder for this process; the lock goes with the process, however it ends.
+
+    On a file system without locks the run goes on, after a warning that nothing guards the folder.
+    """
     handle = (folder / ".lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         handle.seek(0)
         holder = handle.read().strip() or "unknown"
         raise WorkdirError(
             f"workdir {folder} is in use by process {holder}; wait for it or use another --workdir"
         ) from error
+    except OSError as error:
+        say(f"workdir {folder} cannot be locked ({error}): start no second run there")
     handle.truncate(0)
     handle.write(f"{os.getpid()} on {platform.node()}")
     handle.flush()

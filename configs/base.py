@@ -52,6 +52,7 @@ def base_config() -> ConfigDict:
     c.optim.accumulate = 1  # microbatches per step
 
     c.mesh = ConfigDict()  # devices per axis; one may be -1 (what is left)
+    c.mesh.dcn = 1  # slices that only a data-centre network joins
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
@@ -67,10 +68,14 @@ def base_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps
-    c.checkpoint.keep = 2
+    c.checkpoint.minutes = 10.0  # also so long after the last one, at a logged step; 0 = never
+    c.checkpoint.keep = 2  # the newest
+    c.checkpoint.keep_every = 0  # steps whose multiples are kept for good; 0 = none
 
     c.log = ConfigDict()
     c.log.every = 10  # steps
+    c.log.profile = 0  # steps traced into WORKDIR/profile, from the third on
+    c.log.stall = 300.0  # seconds without progress before the slow host is named; 0 = never
     c.log.wandb = ""  # W&B project; needs the wandb extra
     return c
 

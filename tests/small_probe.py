@@ -46,7 +46,7 @@ def make_workdir(folder: Path, config: ConfigDict, labels: Labels, step: int = 7
     for values in state.get("feature_stats", {}).get("decoder", {}).values():
         values += rng.uniform(0, 0.5, values.shape).astype(np.float32)
     tree = {"params": params, "state": state, "ema": {}, "opt": {}, "step": jnp.int32(step)}
-    saves = Checkpoints(folder, asynchronous=False)
+    saves = Checkpoints(folder)
     saves.save(step, tree, {}, best=True)
     saves.close()
     remember_labels(folder, labels, "another backbone")

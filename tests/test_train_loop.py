@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from common_jax.checkpoint import Checkpoints
 from common_jax.train_loop import PREEMPTED, LossError, Pipeline, train
 from common_jax.workdir import WorkdirError, lock_workdir
 from data.pipeline import eval_batches, train_batches
+from tests.hosts import run_hosts
 from tests.linear_task import LinearTask, linear_config
 
 PIPELINE = Pipeline(train_batches, eval_batches)
@@ -220,23 +220,41 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
 
 def test_two_hosts_give_the_losses_and_scores_of_one(tmp_path):
     run(tmp_path / "one", **{"optim.ema_decay": 0.9})
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "tests/two_hosts.py", str(port)]
-    hosts = [
-        subprocess.Popen([*command, str(i), str(tmp_path / "two")], cwd=ROOT, env=env)
-        for i in range(2)
-    ]
-    try:
-        assert [host.wait(timeout=120) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.kill()
+    ended = run_hosts(2, tmp_path / "two", {"optim.ema_decay": 0.9})
+    assert ended.statuses == [0, 0], ended.errors
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-6)
     scores = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     for result in scores:
         del result["seconds"]
     assert scores[0] == scores[1]
+
+
+def test_checkpoints_come_by_minutes_too_and_multiples_are_kept_for_good(tmp_path):
+    settings = {"optim.steps": 9, "eval.every": 100, "eval.select": ""}
+    by_time = {"checkpoint.every": 100, "checkpoint.minutes": 1e-9, "checkpoint.keep": 3}
+    assert run(tmp_path / "time", **settings, **by_time) == 0
+    assert kept_steps(tmp_path / "time") == [7, 8, 9]
+    kept = {"checkpoint.every": 1, "checkpoint.keep": 2, "checkpoint.keep_every": 3}
+    assert run(tmp_path / "kept", **settings, **kept) == 0
+    assert kept_steps(tmp_path / "kept") == [3, 6, 8, 9]
+
+
+def kept_steps(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_a_profile_of_a_few_steps_and_the_mfu_are_asked_for_by_config(tmp_path, monkeypatch):
+    class Counted(LinearTask):
+        def flops(self):
+            return 1000.0
+
+    monkeypatch.setattr("common_jax.metric_log.peak_flops", lambda kind: 1e9)
+    assert run(tmp_path, Counted, **{"log.profile": 2, "eval.every": 100}) == 0
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if "perf/mfu" in x]
+    assert len(steps) == 6
+    for line in steps:
+        expected = line["perf/examples_per_s"] * 1000.0 / (1e9 * jax.device_count())
+        assert line["perf/mfu"] == pytest.approx(expected)

@@ -1,0 +1,139 @@
+"""Several processes of one run on this machine, with faults that come at a chosen step.
+
+`run_hosts` starts them; each is `python tests/hosts.py PORT PROCESS COUNT WORKDIR SETTINGS FAULT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Ended(NamedTuple):
+    """Exit statuses and stderr of all processes, and how long the last one took to end."""
+
+    statuses: list[int]
+    errors: list[str]
+    seconds: float
+
+
+def find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_hosts(count, workdir, changes=None, faults=None, devices=1, timeout=100) -> Ended:
+    """Runs the linear task in `count` processes of `devices` devices each.
+
+    changes: settings of linear_config. faults: {process: (what, step)}, see `Faulty`.
+    """
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    start, port = time.perf_counter(), find_port()
+    hosts = []
+    for process in range(count):
+        words = [port, process, count, workdir, json.dumps(changes or {})]
+        words.append(json.dumps((faults or {}).get(process, ["", 0])))
+        command = [sys.executable, "tests/hosts.py", *map(str, words)]
+        hosts.append(
+            subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        errors = [host.communicate(timeout=timeout)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    return Ended([host.returncode for host in hosts], errors, time.perf_counter() - start)
+
+
+def read_run(workdir: Path) -> dict:
+    """Losses by step and final scores of a finished run."""
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((workdir / "results.json").read_text())
+    del results["seconds"]
+    losses = {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
+    return {"losses": losses, "results": results}
+
+
+def make_faulty(what: str, step: int):
+    """LinearTask that does `what` while the batch of a step (from 0) is on its way.
+
+    kill, term: this process gets SIGKILL or SIGTERM. sleep: 4 seconds go by. fewer: one example is
+    missing here. hurt: an exception that only this process raises. blind: the newest checkpoint
+    cannot be read here.
+    """
+    import orbax.checkpoint as ocp
+
+    from tests.linear_task import LinearTask, Points
+
+    class Faulty(LinearTask):
+        calls = 0
+
+        def train_source(self):
+            return Points(self.config.data.examples - (what == "fewer"), 0)
+
+        def prepare(self, mesh, batches):
+            if what == "blind":
+                read, seen = ocp.CheckpointManager.restore, []
+
+                def restore(manager, at, args=None):
+                    seen.append(at)
+                    if len(seen) == 1:
+                        raise ValueError("these bytes are damaged")
+                    return read(manager, at, args=args)
+
+                ocp.CheckpointManager.restore = restore
+
+        def encode(self, batch):
+            if "mask" not in batch:
+                if self.calls == step:
+                    self.happen()
+                self.calls += 1
+            return batch
+
+        def happen(self):
+            if what in ("kill", "term"):
+                os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
+                time.sleep(0.0 if what == "kill" else 1.5)  # JAX looks for the signal every second
+            if what == "sleep":
+                time.sleep(4)
+            if what == "hurt":
+                raise OSError("this disk is broken")
+
+    return Faulty
+
+
+def main(port, process, count, workdir, changes, fault) -> int:
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+    from common_jax.distributed import join_processes, leave
+    from common_jax.train_loop import Pipeline, train
+    from data.pipeline import eval_batches, train_batches
+    from tests.linear_task import linear_config
+
+    try:
+        alone = int(count) == 1
+        place = (None, 1, None) if alone else (f"localhost:{port}", int(count), int(process))
+        join_processes(*place)
+        config = linear_config(**json.loads(changes))
+        task = make_faulty(*json.loads(fault))(config)
+        return train(task, config, workdir, Pipeline(train_batches, eval_batches))
+    except (ValueError, OSError, RuntimeError) as error:  # as launch.py does
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return leave(getattr(error, "status", 1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(*sys.argv[1:]))
