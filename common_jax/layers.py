@@ -7,15 +7,36 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 declare = nn.initializers.zeros  # shape only: see the module docstring
 
+REMAT = ("none", "dots", "full")
+
+
+def remat_policy(remat: str) -> Callable | None:
+    """What `jax.checkpoint` keeps of a layer for the backward pass: nothing (`full`), or results of
+    matmuls with weights and of convolutions (`dots`). `none` is for callers to leave alone."""
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r}: use one of {REMAT}")
+    return _keep_products if remat == "dots" else None
+
+
+def _keep_products(primitive, *avals, **parameters) -> bool:
+    of_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    is_convolution = primitive is jax.lax.conv_general_dilated_p
+    return is_convolution or of_weights(primitive, *avals, **parameters)
+
 
 class Linear(nn.Module):
-    """y = x @ kernel [C,F] + bias [F], on the last axis."""
+    """y = x @ kernel [C,F] + bias [F], on the last axis.
+
+    Where the tree has adapters beside the kernel (`common_jax.lora`), their product is added.
+    """
 
     features: int
     use_bias: bool = True
@@ -24,7 +45,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", declare, (x.shape[-1], self.features))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = jnp.dot(x, kernel.astype(self.dtype))
+        if self.has_variable("params", "lora_a"):
+            names = ("lora_a", "lora_b", "lora_scale")
+            a, b, scale = (self.get_variable("params", name) for name in names)
+            y = y + (x @ a.astype(self.dtype)) @ (scale * b).astype(self.dtype)
         if self.use_bias:
             y = y + self.param("bias", declare, (self.features,)).astype(self.dtype)
         return y

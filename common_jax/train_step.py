@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from common_jax.compiler import compiler_options
 from common_jax.optim import update_ema
-from common_jax.sharding import merge_trees
+from common_jax.sharding import (
+    count_ways,
+    merge_trees,
+    on_mesh,
+    put_tree,
+    replicated,
+    split_tree,
+    tree_shardings,
+)
 from common_jax.task import Task
 
 
@@ -23,8 +32,56 @@ class TrainState(NamedTuple):
     opt: Any
 
 
-def make_step(task: Task, tx, config):
-    """One optimiser step as a pure function (train_state, frozen, batch, key, phase)."""
+def start_state(task: Task, tx, config, mesh) -> tuple[TrainState, Any]:
+    """(state before step 1, frozen parameters), made by `task.init` and placed on the mesh.
+
+    What the optimiser and the moving average keep of a parameter lies where the parameter lies.
+    """
+    rules = task.sharding_rules
+
+    def place(tree, rules=rules):
+        return put_tree(tree, tree_shardings(tree, rules, mesh))
+
+    params, state = task.init(config.seed)
+    params, frozen = map(place, split_tree(params, task.trainable))
+    where = tree_shardings(jax.eval_shape(tx.init, params), rules, mesh)
+    opt = jax.jit(tx.init, out_shardings=where)(params)
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
+    step = place(jnp.zeros((), jnp.int32))
+    return TrainState(step, params, ema, place(state, ()), opt), frozen
+
+
+def jit_step(task: Task, tx, config, like: TrainState):
+    """`make_step` as one program: (train_state, frozen, batch, key, phase), the last one static.
+
+    like: arrays, or abstract ones with shardings. What the step returns lies where they lie, and
+    the memory of the state that it is given is used again. Compile it with `.lower(...).compile()`.
+    """
+    where = jax.tree.map(lambda x: x.sharding, like)
+    mesh = where.step.mesh
+    ways = count_ways(mesh) * config.optim.accumulate
+    if config.optim.accumulate > 1 and config.batch_size % ways:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not split into optim.accumulate="
+            f"{config.optim.accumulate} microbatches over {count_ways(mesh)} devices; use a "
+            f"multiple of {ways}"
+        )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"  # not when compiled ahead for another platform
+    return jax.jit(
+        on_mesh(mesh, make_step(task, tx, config, where.params)),
+        static_argnums=4,
+        donate_argnums=0,
+        out_shardings=(where, replicated(mesh)),
+        compiler_options=compiler_options() if on_cpu else {},
+    )
+
+
+def make_step(task: Task, tx, config, where=None):
+    """One optimiser step as a pure function (train_state, frozen, batch, key, phase).
+
+    where: shardings of the trainable parameters, which gradients take over as soon as they are
+    there: each device then keeps its part of their sum, never the whole.
+    """
     parts = config.optim.accumulate
     if parts > 1 and not task.accumulates:
         raise ValueError(
@@ -40,11 +97,12 @@ def make_step(task: Task, tx, config):
             return loss, (weight, new, metrics)
 
         (loss, aux), grads = jax.value_and_grad(total, has_aux=True)(params)
-        return loss, aux, grads
+        return loss, aux, grads if where is None else jax.lax.with_sharding_constraint(grads, where)
 
     def accumulated(params, state, frozen, batch, key, phase):
         if parts == 1:
             return gradient(params, state, frozen, batch, key, phase)
+        # Every n-th row, so that the rows of a microbatch lie on all devices already.
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(carry, micro):

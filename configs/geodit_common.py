@@ -40,6 +40,11 @@ def geodit_config(stage: str, arg: str | None) -> tuple[ConfigDict, bool, bool]:
     c.train.complementary = False  # every answer twice, with opposite masks
     c.train.at_least_one = False  # no sequence without a masked target
 
+    c.lora = ConfigDict()  # adapters on the text core, trained instead of everything else
+    c.lora.rank = 0  # 0 = off: train.stage says what is trained
+    c.lora.alpha = 32.0  # their product counts alpha / rank times
+    c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
     c.data = ConfigDict()
     c.data.name = chosen["data"]  # record sets, joined by `+`
     c.data.root = ""  # their files or folders, joined by `+`

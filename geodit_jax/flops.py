@@ -40,7 +40,8 @@ def count_training_flops(
 
     A part that is trained costs three forward passes; one that is frozen and hands a gradient on to
     trained parts two; one that no gradient enters one. The head is counted for half of the text
-    positions, the masked ones, at most.
+    positions, the masked ones, at most. stage `adapters`: only those of the core are trained; their
+    own products are left out (a hundredth of the core's at rank 16).
     """
     image = projector = 0.0
     length = text_length
@@ -49,6 +50,8 @@ def count_training_flops(
         image = max_views(config) * tower_flops(config.tower)
         projector = max_views(config) * projector_flops(config)
     text = core_flops(config.text, length) + head_flops(config.text, text_length / 2)
+    if stage == "adapters":
+        return image + projector + 2 * text
     if stage == "align":
         return image + 3 * projector + 2 * text
     return 3 * (image + projector + text)

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from common_jax.attention import attend, attend_kept
-from common_jax.layers import Linear, RMSNorm
+from common_jax.layers import Linear, RMSNorm, remat_policy
+from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax.config import TextConfig
 
 Tree = Any
-REMAT = ("none", "dots", "full")
 
 
 class KeyValues(NamedTuple):
@@ -71,7 +71,8 @@ class SelfAttention(nn.Module):
 
         def project(name, x, heads):
             y = Linear(heads * config.head_width, use_bias=False, dtype=dtype, name=name)(x)
-            return y.reshape(*y.shape[:2], heads, config.head_width)
+            y = y.reshape(*y.shape[:2], heads, config.head_width)
+            return constrain(y, BATCH_AXES, None, "tensor", None)
 
         k = rotate(project("k_proj", x, config.kv_heads), angles, config.rope_cast)
         v = project("v_proj", x, config.kv_heads)
@@ -100,6 +101,7 @@ class MLP(nn.Module):
 
         gate = linear("gate_proj", self.hidden, x)
         h = nn.silu(gate) * linear("up_proj", self.hidden, x)
+        h = constrain(h, BATCH_AXES, None, "tensor")
         return linear("down_proj", x.shape[-1], h)
 
 
@@ -120,7 +122,8 @@ class Block(nn.Module):
         )
         x = x[:, :rows] + h
         norm = RMSNorm(self.config.eps, name="post_attention_layernorm")
-        return x + MLP(self.config.mlp, name="mlp")(norm(x)), own
+        x = x + MLP(self.config.mlp, name="mlp")(norm(x))
+        return constrain(x, BATCH_AXES, None, None), own
 
 
 def core_shapes(config: TextConfig) -> dict:
@@ -178,8 +181,6 @@ def run(
     keep: return the keys and values of the tokens behind `rows`, for `past` of later calls.
     remat: what the backward pass computes again, `none`, `dots` (all but matmuls) or `full`.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat={remat!r}: use one of {REMAT}")
     block = Block(config, attention)
     angles = positions
     if not isinstance(positions, tuple):
@@ -191,11 +192,9 @@ def run(
         return x, _keep(*own, behind) if keep else None
 
     first = 0 if rows is None else rows
+    policy = remat_policy(remat)
     if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        apply = jax.checkpoint(
-            apply, policy=policy if remat == "dots" else None, static_argnums=(3,)
-        )
+        apply = jax.checkpoint(apply, policy=policy, static_argnums=(3,))
     layers = core["layers"]
     if isinstance(layers, tuple):
         x, kept = _run_unrolled(apply, layers, x, past, rows)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from common_jax.sharding import BATCH_AXES, constrain
+
 IGNORED = -100
 LEAST = 1e-3  # the smallest chance of a target to be masked: 1/p stays finite
 WEIGHTINGS = ("1/p", "none")
@@ -160,7 +162,9 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
     sorted_length = -(-length // rows) * rows
     padded = jnp.pad(order, ((0, 0), (0, sorted_length - length)))
     exists = jnp.arange(sorted_length) < length
-    cast = kernel.astype(hidden.dtype)
+    # Gathered once, not for every chunk; rows stay where they are.
+    cast = constrain(kernel.astype(hidden.dtype), None, "tensor")
+    hidden = constrain(hidden, BATCH_AXES, None, None)
 
     def one(i, carry):
         nll, hits, d_kernel, d_hidden = carry
@@ -175,6 +179,7 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
 
         x, weight = pick(hidden), pick(weights) * real
         logits = jnp.einsum("gnd,dv->gnv", x, cast, preferred_element_type=jnp.float32)
+        logits = constrain(logits, BATCH_AXES, None, "tensor")
         label = jnp.maximum(pick(labels), 0)
         top = logits.max(-1)
         powers = jnp.exp(logits - top[..., None])

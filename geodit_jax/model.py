@@ -17,6 +17,7 @@ import numpy as np
 
 from common_jax.init import host_init
 from common_jax.layers import Linear
+from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax import llada
 from geodit_jax.config import IMAGE, GeoDiTConfig
 from geodit_jax.siglip import encode_views, tower_shapes
@@ -30,6 +31,10 @@ Tree = Any
 SHARDING_RULES = (
     (r"embed_tokens/embedding$", ("tensor", "fsdp")),
     (r"lm_head/kernel$", ("fsdp", "tensor")),
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_a$", (None, "fsdp", None)),
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_b$", (None, None, "tensor")),
+    (r"layers/.*(o_proj|down_proj)/lora_a$", (None, "tensor", None)),
+    (r"layers/.*(o_proj|down_proj)/lora_b$", (None, None, "fsdp")),
     (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$", (None, "fsdp", "tensor")),
     (r"layers/.*(q_proj|k_proj|v_proj|fc1)/bias$", (None, "tensor")),
     (r"layers/.*(o_proj|down_proj|out_proj|fc2)/kernel$", (None, "tensor", "fsdp")),
@@ -166,12 +171,17 @@ def merge(
     is_image = ids == IMAGE
     if dtype is None:
         dtype = jnp.float32 if image_tokens is None else image_tokens.dtype
-    text = llada.embed(params["core"], jnp.where(is_image, 0, ids), dtype)
+    # Rows are looked up where columns of the table lie, then travel: the table itself never does.
+    outer, fsdp = BATCH_AXES[:-1], BATCH_AXES[-1]
+    text = constrain(jnp.where(is_image, 0, ids), outer, None)
+    text = constrain(llada.embed(params["core"], text, dtype), outer, None, fsdp)
+    text = constrain(text, BATCH_AXES, None, None)
     if image_tokens is None:
         return text
     newline = params["newline"]["embedding"]
     newline = jnp.broadcast_to(newline, (ids.shape[0], 1, config.text.width))
     table = jnp.concatenate([image_tokens.astype(dtype), newline.astype(dtype)], axis=1)
+    table = constrain(table, BATCH_AXES, None, None)
     # One gather after another: all K at once would need K times the memory of the sequence.
     mixed = sum(
         jax.vmap(lambda table, row: table[row])(table, rows[..., k]) * weights[..., k, None]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from common_jax.attention import attend
 from common_jax.layers import LayerNorm, Linear
+from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax.config import TowerConfig
 
 Tree = Any
@@ -57,7 +58,8 @@ class Block(nn.Module):
         config = self.config
         attention = SelfAttention(config.heads, self.attention, name="self_attn")
         x = x + attention(LayerNorm(config.eps, name="layer_norm1")(x))
-        return x + MLP(config.mlp, name="mlp")(LayerNorm(config.eps, name="layer_norm2")(x))
+        x = x + MLP(config.mlp, name="mlp")(LayerNorm(config.eps, name="layer_norm2")(x))
+        return constrain(x, BATCH_AXES, None, None)
 
 
 def tower_shapes(config: TowerConfig) -> dict:

@@ -23,6 +23,14 @@ from common_jax.layers import LayerNorm, Linear, declare
 
 Taps = dict[str, jax.Array]
 
+# Regex on paths -> mesh axes, of every network made of these layers; the first match wins. What no
+# rule names (norms, biases) is small and lies whole on every device. `fsdp` splits inputs.
+SHARDING_RULES = (
+    (r"conv\w*/kernel$", (None, None, "fsdp", None)),
+    (r"kernel$", ("fsdp", None)),
+    (r"embedding$", (None, "fsdp")),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
@@ -32,7 +40,7 @@ class Numerics:
     norm_eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     attention: str = "auto"
-    remat: bool = False
+    remat: str = "none"  # none | dots | full: what the backward pass computes again
 
 
 # A CPU spends its time on the weights of a convolution with few pixels and wide channels. As one

@@ -24,7 +24,7 @@ from common_jax.metric_log import say
 from common_jax.overlays import tint
 from common_jax.progress import Progress
 from common_jax.report import format_table
-from common_jax.sharding import check_batch, make_mesh, put_batch, replicated
+from common_jax.sharding import check_batch, count_ways, on_mesh, open_mesh, put_batch, replicated
 from common_jax.weights import flatten
 from common_jax.workdir import check_config
 from satdifuser_jax.cache import Subset
@@ -221,7 +221,8 @@ def _check_head(spec, params, folder: Path) -> None:
 
 def _predict_rows(task, trained, loader, mesh) -> Iterator[tuple[int, np.ndarray]]:
     """(row, logits [K] or label map [S,S]) of each picture, in order."""
-    predict = jax.jit(task.predict, static_argnums=3, out_shardings=replicated(mesh))
+    program = on_mesh(mesh, task.predict)
+    predict = jax.jit(program, static_argnums=3, out_shardings=replicated(mesh))
     phase = task.phase(trained.step, train=False)
     for batch in loader:
         encoded = task.encode(put_batch(batch, mesh))
@@ -275,8 +276,8 @@ def _local_mesh(config, rows: int):
     """(mesh over the devices of this process, batch size that fits it and is not above need)."""
     if jax.process_count() > 1:
         raise ValueError("extract and predict run in one process; give each its own pictures")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = open_mesh(config.mesh)
     batch_size = config.eval.batch_size or config.batch_size
     check_batch(batch_size, mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = count_ways(mesh)
     return mesh, min(batch_size, -(-rows // ways) * ways)

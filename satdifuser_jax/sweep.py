@@ -28,7 +28,7 @@ from common_jax.metric_log import say
 from common_jax.metrics import count_confusion, count_multilabel, score
 from common_jax.progress import Progress
 from common_jax.report import format_markdown_table
-from common_jax.sharding import check_batch, make_mesh, put_batch
+from common_jax.sharding import check_batch, open_mesh, put_batch
 from common_jax.workdir import check_config
 from satdifuser_jax.cache import require_space
 from satdifuser_jax.figures import name_tap, save_sweep
@@ -72,7 +72,7 @@ def sweep_taps(task, workdir: str | os.PathLike, axes: Sequence[str], batches: C
     if (folder / "config.json").exists():
         check_config(folder, config, ("optim.", "batch_size"))
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = open_mesh(config.mesh)
     check_batch(config.eval.batch_size or config.batch_size, mesh)
     task.prepare(mesh, batches)
     cells = make_cells(task.spec, task.times, axes)

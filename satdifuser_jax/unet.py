@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from common_jax.init import host_init
+from common_jax.layers import remat_policy
 from satdifuser_jax.blocks import (
     Conv,
     Downsample,
@@ -192,11 +193,12 @@ class Middle(nn.Module):
         return x, taps | prefixed("resnets.0", first) | prefixed("resnets.1", last)
 
 
-def block_types(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:
-    """The resnet and the transformer, recomputed in the backward pass if `remat`."""
-    if remat:
-        return nn.remat(ResnetBlock), nn.remat(SpatialTransformer)
-    return ResnetBlock, SpatialTransformer
+def block_types(remat: str) -> tuple[type[nn.Module], type[nn.Module]]:
+    """The resnet and the transformer; the backward pass computes what `remat` says again."""
+    policy = remat_policy(remat)
+    if remat == "none":
+        return ResnetBlock, SpatialTransformer
+    return nn.remat(ResnetBlock, policy=policy), nn.remat(SpatialTransformer, policy=policy)
 
 
 class SatUNet(nn.Module):
@@ -213,7 +215,7 @@ class SatUNet(nn.Module):
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attention: str = "auto"
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, t, context, metadata=None, taps=()) -> tuple[jax.Array, Taps]:

@@ -1,4 +1,4 @@
-"""A small model on eight devices and on one: python tests/eight_devices.py, JSON on stdout."""
+"""Small models on eight devices and on one: python tests/eight_devices.py, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -6,69 +6,123 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
-CONFIG = dict(
-    text=dict(vocab_rows=64, width=32, layers=2, heads=4, kv_heads=2, mlp=48),
-    tower=dict(image_size=16, patch=8, width=16, layers=2, heads=2, mlp=24),
-)
+STEPS = 3
+MESHES = {  # data, fsdp, tensor, dcn
+    "geodit": [(1, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)],
+    "unet": [(1, 1, 1, 1), (2, 4, 1, 1)],
+}
 
 
-def make_batch(config, image) -> dict:
+def make_geodit(mesh, **changes):
+    """(task, one global batch) of GeoDiT, all of it trained."""
+    from configs.geodit_sft import get_config
+    from geodit_jax.config import GeoDiTConfig, TextConfig, TowerConfig, find_size
+    from geodit_jax.model import IMAGE
+    from geodit_jax.task import GeoDiTTask
+
+    task = GeoDiTTask(change(get_config("tiny"), **changes))
+    task.model = GeoDiTConfig(
+        TextConfig(vocab_rows=1024, width=32, layers=2, heads=4, kv_heads=2, mlp=48),
+        TowerConfig(image_size=16, patch=8, width=16, layers=2, heads=2, mlp=24),
+        find_size("tiny").tokens,
+    )
+    task.prepare(mesh, None)
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 64, (8, 12)).astype(np.int32)
-    ids[:, :5] = image
+    ids = rng.integers(0, 1000, (8, 12)).astype(np.int32)
+    labels = np.where(np.arange(12) < 7, -100, ids)
+    ids[:, :5] = IMAGE
     rows = np.zeros((8, 12, 1), np.int32)
     rows[:, :5, 0] = np.arange(5)
-    pixels = rng.integers(0, 256, (8, 1, 16, 16, 3)).astype(np.uint8)
-    return dict(ids=ids, rows=rows, weights=np.ones(rows.shape, np.float32), pixels=pixels)
+    return task, {
+        "ids": ids,
+        "labels": labels,
+        "length": rng.integers(9, 13, 8).astype(np.int32),
+        "turns": np.zeros((8, 12), np.int32),
+        "cut": np.zeros(8, np.int32),
+        "index": np.arange(8),
+        "image_rows": rows,
+        "image_weights": np.ones(rows.shape, np.float32),
+        "pixels": rng.integers(0, 256, (8, 1, 16, 16, 3)).astype(np.uint8),
+    }
+
+
+def make_unet(mesh, **changes):
+    """(task, one global batch) of the diffusion objective."""
+    from configs.satdifuser_pretrain import get_config
+    from satdifuser_jax.pretrain import PretrainTask
+
+    task = PretrainTask(change(get_config("tiny"), **changes))
+    task.prepare(mesh, None)
+    rng = np.random.default_rng(0)
+    return task, {
+        "pixels": rng.uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32),
+        "metadata": rng.uniform(100, 900, (8, 7)).astype(np.float32),
+        "index": np.arange(8),
+    }
+
+
+def change(config, **changes):
+    with config.unlocked():
+        config.update_from_flattened_dict({"batch_size": 8, "seed": 1, **changes})
+    return config
+
+
+def follow(make, sizes) -> dict:
+    """Losses, norms and final parameters of a few steps, and the share of them on one device."""
+    from common_jax.sharding import make_mesh, put_batch
+    from common_jax.train_step import jit_step, start_state
+
+    count = int(np.prod(sizes))
+    mesh = make_mesh(*sizes, devices=jax.devices()[:count])
+    # Half of the meshes split steps as well: neither may change a number.
+    task, batch = make(mesh, **{"optim.accumulate": 2 if sizes[-1] > 1 else 1})
+    # Plain descent: parameters then differ by what gradients differ, small ones by little.
+    tx = optax.sgd(0.1)
+    state, frozen = start_state(task, tx, task.config, mesh)
+    batch = task.encode(put_batch(batch, mesh))
+    key = jax.random.key(0)
+    step = jit_step(task, tx, task.config, state).lower(state, frozen, batch, key, None).compile()
+    losses, norms, leaves = [], [], jax.tree.leaves(state.params)
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    share /= sum(leaf.nbytes for leaf in leaves)
+    start = [np.asarray(leaf) for leaf in leaves]
+    for _ in range(STEPS):
+        state, metrics = step(state, frozen, batch, key)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    ends = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+    moved = [end - first for first, end in zip(start, ends)]
+    return {"loss": losses, "grad_norm": norms, "moved": moved, "share": share}
+
+
+def compare(found: dict, expected: dict) -> dict:
+    """Largest relative differences; of what parameters moved by, relative to the farthest one."""
+
+    def error(a, b) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+    farthest = max(np.abs(b).max() for b in expected["moved"])
+    pairs = zip(found["moved"], expected["moved"])
+    return {
+        "loss": error(found["loss"], expected["loss"]),
+        "grad_norm": error(found["grad_norm"], expected["grad_norm"]),
+        "moved": float(max(np.abs(a - b).max() for a, b in pairs) / farthest),
+        "fell": expected["loss"][-1] / expected["loss"][0],
+        "share": found["share"],
+    }
 
 
 def main() -> None:
     sys.path.insert(0, ".")
-    from common_jax.sharding import make_mesh, put_batch, put_tree, tree_shardings
-    from geodit_jax import llada, model
-    from geodit_jax.config import GeoDiTConfig, TextConfig, TowerConfig
-
-    config = GeoDiTConfig(TextConfig(**CONFIG["text"]), TowerConfig(**CONFIG["tower"]))
-
-    def loss(params, batch):
-        tokens = model.encode_images(params, config, batch["pixels"])
-        x = model.merge(params, config, batch["ids"], tokens, batch["rows"], batch["weights"])
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        hidden, _ = llada.run(params["core"], config.text, x, positions)
-        logits = llada.logits(params["core"], hidden)
-        return jnp.sin(logits).mean(), logits
-
-    params = model.init_model(config, 0)
-    batch = make_batch(config, model.IMAGE)
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    found = []
-    for devices, sizes in ((jax.devices()[:1], (1, 1, 1)), (jax.devices(), (2, 2, 2))):
-        mesh = make_mesh(*sizes, devices=devices)
-        placed = put_tree(params, tree_shardings(params, model.SHARDING_RULES, mesh))
-        found.append((placed, *step(placed, put_batch(batch, mesh))))
-    (_, (_, logits), grads), (placed, (_, sharded_logits), sharded_grads) = found
-
-    def error(a, b) -> float:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-
-    for tree in (grads, sharded_grads):  # a bias that all keys share moves no softmax
-        del tree["tower"]["layers"]["self_attn"]["k_proj"]["bias"]
-    kernels = [leaf for leaf in jax.tree.leaves(placed) if leaf.ndim > 1]
-    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in kernels)
-    print(
-        json.dumps(
-            dict(
-                devices=len(jax.devices()),
-                logits=error(sharded_logits, logits),
-                gradients=max(jax.tree.leaves(jax.tree.map(error, sharded_grads, grads))),
-                share=on_one / sum(leaf.nbytes for leaf in kernels),
-            )
-        )
-    )
+    results = {}
+    for name, make in (("geodit", make_geodit), ("unet", make_unet)):
+        alone, *others = [follow(make, sizes) for sizes in MESHES[name]]
+        for sizes, found in zip(MESHES[name][1:], others):
+            results[f"{name} {'x'.join(map(str, sizes))}"] = compare(found, alone)
+    print(json.dumps({"devices": len(jax.devices()), "meshes": results}))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def test_gradients_equal_torch_diffusers(torch_unet):
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
-def test_remat_recomputes_and_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_recomputes_and_changes_no_gradient(remat):
     config = dataclasses.replace(
         TINY,
         block_out_channels=(32,),
@@ -141,10 +142,10 @@ def test_remat_recomputes_and_changes_no_gradient():
             return jnp.mean(jnp.square(y)) + jnp.mean(taps[tap])
 
         is_recomputed = "remat" in str(jax.make_jaxpr(loss)(params))
-        assert is_recomputed == remat
+        assert is_recomputed == (remat != "none")
         return jax.jit(jax.grad(loss))(params)
 
-    plain, recomputed = gradient(False), gradient(True)
+    plain, recomputed = gradient("none"), gradient(remat)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(plain))
     errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / largest, recomputed, plain)
     assert max(jax.tree.leaves(errors)) < 1e-5
