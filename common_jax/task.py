@@ -42,6 +42,35 @@ class PlanRow:
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Program:
+    """A compiled part of a run, by abstract arguments: function(weights, batch).
+
+    weights lie where `rules` say (see `Task.sharding_rules`), rows of the batch on the axes of the
+    batch. count: how often one step runs it.
+    """
+
+    function: Callable
+    weights: Tree
+    batch: Tree
+    rules: Sequence[tuple[str, tuple]] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A run by shapes alone, for plans: nothing is loaded, nothing allocated.
+
+    params, state: as `init` makes them. batch: as `loss` gets it. programs: what the run compiles
+    beside its training and evaluation steps, by name; `encode` is what precedes every step.
+    """
+
+    params: Tree
+    state: Tree
+    batch: Batch
+    programs: Mapping[str, Program] = field(default_factory=dict)
+
+
 class Task:
     """Defaults of the seam; an experiment overrides what it needs."""
 
@@ -114,3 +143,9 @@ class Task:
     def plan(self) -> list[PlanRow]:
         """Parts of the run by abstract shapes, nothing allocated."""
         return []
+
+    def sketch(self, mesh, rows: int) -> Sketch:
+        """The programs of the run for a batch of `rows` on `mesh` (None: nowhere), by shapes."""
+        raise TypeError(
+            f"{type(self).__name__} does not define sketch: it cannot be compiled ahead"
+        )
