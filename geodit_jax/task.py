@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common_jax.sharding import BATCH_AXES, merge_trees, split_tree, tree_shardings
+from common_jax import lora
+from common_jax.sharding import count_ways, merge_trees, split_tree, tree_shardings
 from common_jax.task import Evaluator, PlanRow, Task
 from data.memory import InMemory
 from data.record_catalog import open_records
@@ -38,6 +39,7 @@ from geodit_jax.instruct import (
 from geodit_jax.masking import IGNORED, Loss, Masks, complement, draw_masks, masked_loss
 from geodit_jax.model import SHARDING_RULES, encode_images, init_model, merge, model_shapes
 from geodit_jax.prompts import load_prompts
+from geodit_jax.sketch import sketch_run
 from geodit_jax.tokenizer import Tokenizer
 
 STAGES = {"align": r"^projector/", "sft": ".*", "pretrain": r"^core/"}
@@ -59,7 +61,9 @@ class GeoDiTTask(Task):
         stage = config.train.stage
         if stage not in STAGES:
             raise ValueError(f"train.stage={stage!r}: use one of {', '.join(STAGES)}")
-        self.trainable = STAGES[stage]
+        if config.lora.rank and stage == "align":
+            raise ValueError("lora.rank: use train.stage=sft or pretrain; align trains no core")
+        self.trainable = lora.TRAINABLE if config.lora.rank else STAGES[stage]
         self.found = read_model(config.model)
         self.model = choose_model(self.found, config.model, text_only=stage == "pretrain")
         self.dtype = jnp.dtype(config.model.dtype)
@@ -89,16 +93,32 @@ class GeoDiTTask(Task):
             )
         else:
             params = init_model(self.model, seed)
-        params = {name: params[name] for name in model_shapes(self.model)}
-        trained, frozen = split_tree(params, self.trainable)
-        return merge_trees(_cast(frozen, self.dtype), _cast(trained, jnp.float32)), {}
+        return self._arrange({name: params[name] for name in model_shapes(self.model)}, seed), {}
+
+    def _arrange(self, params, seed):
+        """With adapters where they are asked for, and every leaf in its type."""
+        given = self.config.lora
+        if given.rank:
+            options = given.targets, given.rank, given.alpha, seed
+            params = params | {"core": lora.add_adapters(params["core"], *options)}
+        wide, rest = split_tree(params, f"{self.trainable}|/lora_scale$")
+        return merge_trees(_cast(rest, self.dtype), _cast(wide, jnp.float32))
+
+    def shapes(self):
+        """Abstract parameters, as `init` makes them."""
+        return jax.eval_shape(lambda params: self._arrange(params, 0), model_shapes(self.model))
+
+    sketch = sketch_run
 
     def plan(self):
         rows = []
-        for name, part in model_shapes(self.model).items():
+        for name, part in self.shapes().items():
             trained, frozen = split_tree({name: part}, self.trainable)
-            note = "" if trained else "frozen"
-            rows.append(PlanRow(name, trained or frozen, trainable=bool(trained), note=note))
+            if frozen:
+                rows.append(PlanRow(name, frozen, note="frozen"))
+            if trained:
+                name = f"{name} adapters" if frozen else name
+                rows.append(PlanRow(name, trained, trainable=True))
         return rows
 
     # -- data ------------------------------------------------------------------------------
@@ -243,11 +263,8 @@ class GeoDiTTask(Task):
             batch["labels"],
             masks,
             weighting=train.loss_weighting,
-            groups=math.gcd(len(ids), self._shards()),
+            groups=math.gcd(len(ids), count_ways(self.mesh) if self.mesh else 1),
         )
-
-    def _shards(self) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) if self.mesh else 1
 
     def predict(self, params, state, batch, phase):
         """[B, len(EVAL_TIMES), 3] float32: loss, right and masked targets of each time."""
@@ -286,7 +303,8 @@ class GeoDiTTask(Task):
 
     def flops(self):
         train, data = self.config.train, self.config.data
-        return count_training_flops(self.model, data.text_length, train.stage, blind=data.blind)
+        stage = "adapters" if self.config.lora.rank else train.stage
+        return count_training_flops(self.model, data.text_length, stage, blind=data.blind)
 
     def report(self, params, state, results, workdir):
         """The model in WORKDIR/export, in the layout of LLaDA-V, with its tokenizer."""
@@ -294,7 +312,8 @@ class GeoDiTTask(Task):
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(folder)
             source = model.tokenizer or model.weights or folder
-            export_model(out, params, self.model, source, dtype=self.dtype)
+            merged = lora.merge_adapters(params)
+            export_model(out, merged, self.model, source, dtype=self.dtype)
 
 
 def _cast(tree, dtype):
