@@ -196,15 +196,15 @@ def sample() -> int:
     """
     from satdifuser_jax import sample_files
 
-    if WEIGHTS.value:
-        sampler = sample_files.load_sampler(WEIGHTS.value, RESOLUTION.value)
-        out = need(OUT, "sample")
-    else:
-        workdir = need(WORKDIR, "sample")
-        sampler = make_task(find_config("sample"), "sampler").sampler(workdir)
-        out = OUT.value or Path(workdir) / "drawn"
     drawing = sample_files.parse_drawing(SAMPLING.value)
     fields = sample_files.parse_metadata(METADATA.value)
+    if WEIGHTS.value:
+        out = need(OUT, "sample")
+        sampler = sample_files.load_sampler(WEIGHTS.value, RESOLUTION.value)
+    else:
+        workdir = need(WORKDIR, "sample")
+        out = OUT.value or Path(workdir) / "drawn"
+        sampler = make_task(find_config("sample"), "sampler").sampler(workdir)
     print(sample_files.write_samples(sampler, drawing, PROMPT.value, fields, out))
     return 0
 

@@ -79,7 +79,9 @@ def encode_latents(backbone: Backbone, images, config: ExtractConfig, index=None
     drawn = (
         _indices(index, len(images), "posterior=sample") if config.posterior == "sample" else None
     )
-    return _encode(backbone, images, drawn, np.uint32(config.seed))
+    mean, logvar = encode_moments(backbone, images)
+    logvar = None if drawn is None else logvar
+    return draw_latents(backbone.codec, mean, logvar, drawn, np.uint32(config.seed))
 
 
 def invert(backbone: Backbone, z0, config: ExtractConfig, metadata=None) -> jax.Array:
@@ -157,12 +159,6 @@ def on_device(backbone: Backbone) -> Backbone:
 
 
 # ------------------------------------------------------------------------------- compiled parts
-@jit
-def _encode(backbone: Backbone, images, index, seed):
-    mean, logvar = encode_moments(backbone, images)
-    return draw_latents(backbone.codec, mean, None if index is None else logvar, index, seed)
-
-
 @jit
 def encode_moments(backbone: Backbone, images):
     """Images [B,S,S,3] -> (mean, log-variance or None), float32 [B,h,w,C], not yet scaled."""

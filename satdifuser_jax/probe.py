@@ -36,6 +36,7 @@ from satdifuser_jax.linear_probe import (
 from satdifuser_jax.losses import head_loss
 from satdifuser_jax.probe_plan import plan_probe
 from satdifuser_jax.probe_report import write_report
+from satdifuser_jax.sketch import count_training_flops, sketch_probe
 from satdifuser_jax.sweep import sweep_taps
 from satdifuser_jax.taps import select_taps
 
@@ -49,6 +50,8 @@ SPLITS = ("train", "val", "test")
 
 class ProbeTask(Task):
     """Features of a frozen backbone -> fuser -> classifier or UPerNet."""
+
+    sharding_rules = ((r"", ()),)  # heads are small: each device has its own
 
     def __init__(self, config):
         super().__init__(config)
@@ -296,6 +299,12 @@ class ProbeTask(Task):
 
     def plan(self):
         return plan_probe(self, defaults(self.config.data.name))
+
+    def sketch(self, mesh, rows):
+        return sketch_probe(self, mesh, rows)
+
+    def flops(self):
+        return count_training_flops(self, self.config.batch_size)
 
     def during(self, step, params, workdir):
         if jax.process_index() == 0:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from common_jax.task import Evaluator, Task
+from common_jax.task import Evaluator, Program, Sketch, Task
 from configs.base import base_config
 
 
@@ -72,6 +72,16 @@ class LinearTask(Task):
             name: Evaluator(Points(count, seed), (), update, finish)
             for name, count, seed in (("val", 21, 1), ("test", 22, 2))
         }
+
+    def sketch(self, mesh, rows):
+        def leaf(*shape, dtype=jnp.float32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        given = jax.tree.map(lambda x: leaf(*x.shape, dtype=x.dtype), self.init(0))
+        numbers = leaf(rows, dtype=jnp.int32)
+        batch = {"x": leaf(rows, 2), "label": numbers, "index": numbers}
+        twice = Program(lambda w, b: b @ w @ w, leaf(2, 2), leaf(rows, 2), count=3)
+        return Sketch(*given, batch, {"twice": twice})
 
 
 def linear_config(**changes) -> ConfigDict:

@@ -31,6 +31,7 @@ def run(*words, cwd=ROOT):
         (["plan", "--cfg=1"], "Unknown command line flag 'cfg'"),
         (["plan", "--images=x", PROBE], "does not take --images; it takes --config"),
         (["train", PROBE], "`launch.py train` needs --workdir=..."),
+        (["sample", "--weights=x"], "`launch.py sample` needs --out=..."),
         (["convert", "--to=onnx"], "--to=onnx: value should be one of <public|flax-"),
         (["plan", f"{PROBE},tinny"], "config argument 'tinny' is unknown; known: dataset,"),
         (["plan", PROBE, "--config.model.fusser=gw"], "--config.model.fusser: the config has no"),
@@ -51,7 +52,8 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(words, told):
 def test_help_names_every_verb_and_each_verb_its_flags():
     status, text, _ = run("--help")
     assert status == 0
-    for verb in ("train", "eval", "extract", "predict", "convert", "verify", "plan", "show_config"):
+    verbs = "train eval extract predict sample convert verify plan show_config"
+    for verb in verbs.split():
         assert f"launch.py {verb} " in text
     status, text, _ = run("extract", "--help")
     assert status == 0 and "Write the features of pictures" in text and "show_config" in text

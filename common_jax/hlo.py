@@ -1,0 +1,347 @@
+"""Reading a compiled program: what one device computes, reads, writes and sends each time it runs.
+
+The text is XLA's, after partitioning: shapes are those of one device. Bodies of loops count as
+often as they run; a loop whose length is only known when it runs counts once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}  # others: the digits are bits
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# No bytes of their own: names for what others made, or containers whose insides are counted.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
+FREE |= {"call", "after-all", "partition-id", "replica-id", "async-start", "async-update"}
+FREE |= {"optimization-barrier", "add-dependency"}
+SLICES = ("dynamic-slice", "gather", "slice")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_EITHER = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)")
+_PART = re.compile(r"'(\w+)':\((\d+)\)(\d+)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Array of one device. fast: in a memory beside the core (TPU: VMEM, SMEM), not in HBM."""
+
+    dims: tuple[int, ...]
+    bytes: float
+    fast: bool
+
+
+@dataclass
+class Instruction:
+    name: str
+    opcode: str
+    shapes: list[Shape]  # of the result, tuples flattened
+    operands: list[str]
+    rest: str  # attributes
+    is_root: bool
+
+
+@dataclass
+class Computation:
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    times: float = 0.0  # it runs in one run of the program
+    is_inner: bool = False  # of a fusion or a reduction: its values never reach memory
+
+    @property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.is_root)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind over the same devices. group: places in the mesh of one such group.
+
+    count: how often; bytes: sent by one device altogether.
+    """
+
+    kind: str
+    group: tuple[int, ...]
+    count: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run of a program on one device. open_loops: loops of unknown length, counted once."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    open_loops: int
+
+
+def read_program(text: str) -> Cost:
+    """Cost of `compiled.as_text()`."""
+    computations = parse(text)
+    open_loops = _count_runs(computations)
+    flops = moved = 0.0
+    found: dict[tuple, list[float]] = {}
+    for computation in computations.values():
+        for made in computation.instructions.values():
+            flops += computation.times * _flops(computation, made)
+            if not computation.is_inner:
+                moved += computation.times * _moved(computations, computation, made)
+            kind = made.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                kind, group, sent = _exchange(computation, made, kind)
+                total = found.setdefault((kind, group), [0.0, 0.0])
+                total[0] += computation.times
+                total[1] += computation.times * sent
+    collectives = tuple(
+        Collective(kind, group, count, sent)
+        for (kind, group), (count, sent) in found.items()
+        if count and len(group) > 1
+    )
+    return Cost(flops, moved, collectives, open_loops)
+
+
+# ------------------------------------------------------------------------------------------ text
+def parse(text: str) -> dict[str, Computation]:
+    """Computations by name, in the order of the text: callees stand before callers."""
+    computations, current = {}, None
+    for line in text.splitlines():
+        stripped = line.strip()
+        if current is None:
+            head = re.match(r"(?:ENTRY )?%?([\w.\-]+) (?:\(|\{).*\{$", stripped)
+            if head and " = " not in stripped.split("{")[0]:
+                current = Computation(head[1], times=float(stripped.startswith("ENTRY ")))
+                computations[current.name] = current
+        elif stripped == "}":
+            current = None
+        else:
+            made = parse_instruction(stripped)
+            if made:
+                current.instructions[made.name] = made
+    return computations
+
+
+def parse_instruction(line: str) -> Instruction | None:
+    """`ROOT %name = type opcode(operands), attributes`; None for any other line."""
+    head = re.match(r"(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _close(rest, 0) if rest.startswith("(") else rest.index(" ")
+    kind, after = rest[:end], rest[end:].strip()
+    opcode = re.match(r"([\w\-]+)\(", after)
+    if not opcode:
+        return None
+    close = _close(after, opcode.end() - 1)
+    inside = after[opcode.end() : close - 1]
+    # A constant's and a parameter's parentheses hold a value, which `rest` keeps.
+    is_value = opcode[1] in ("constant", "parameter")
+    operands = [] if is_value else re.findall(r"%([\w.\-]+)", inside)
+    return Instruction(
+        head[2],
+        opcode[1],
+        parse_shapes(kind),
+        operands,
+        inside if is_value else after[close:],
+        bool(head[1]),
+    )
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    found = []
+    for kind, dims, layout in _SHAPE.findall(text):
+        sizes = tuple(int(d) for d in dims.split(",") if d)
+        item = ITEM_BYTES.get(kind)
+        if item is None:
+            item = int(re.search(r"\d+", kind)[0]) / 8 if re.search(r"\d", kind) else 0
+        found.append(
+            Shape(sizes, math.prod(sizes) * item, re.search(r"S\([1-9]\)", layout) is not None)
+        )
+    return found
+
+
+def _close(text: str, start: int) -> int:
+    """Place behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place + 1
+    return len(text)
+
+
+# ------------------------------------------------------------------------------------------ runs
+def _count_runs(computations: dict[str, Computation]) -> int:
+    """Fills `times` and `is_inner`; returns the number of loops of unknown length."""
+    open_loops = 0
+    for caller in reversed(computations.values()):
+        for made in caller.instructions.values():
+            times = 1.0
+            if made.opcode == "while":
+                times = _trips(computations, made)
+                open_loops += times is None and caller.times > 0
+                times = times or 1.0
+            names = [name for _, name in _CALLED.findall(made.rest)]
+            for several in _BRANCHES.findall(made.rest):
+                names += re.findall(r"[\w.\-]+", several)
+            names += _EITHER.findall(made.rest)
+            for name in names:
+                if name in computations:
+                    callee = computations[name]
+                    callee.times += caller.times * times
+                    is_applied = "to_apply=" in made.rest and made.opcode != "call"
+                    callee.is_inner |= caller.is_inner or made.opcode == "fusion" or is_applied
+    return open_loops
+
+
+def _trips(computations, loop: Instruction) -> float | None:
+    known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
+    if known:
+        return float(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    made = computations[condition[1]].instructions if condition else {}
+    limits = [i.rest for i in made.values() if i.opcode == "constant" and i.rest.isdigit()]
+    compares = [i for i in made.values() if "direction=LT" in i.rest]
+    is_counted = len(limits) == 1 and len(compares) == 1 and compares[0].is_root
+    return float(limits[0]) if is_counted else None
+
+
+# ------------------------------------------------------------------------------------------ costs
+def _flops(computation: Computation, made: Instruction) -> float:
+    if made.opcode not in ("dot", "convolution") or len(made.operands) < 2:
+        return 0.0
+    shapes = [computation.instructions[name].shapes[0].dims for name in made.operands[:2]]
+    out = math.prod(made.shapes[0].dims)
+    if made.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", made.rest)
+        contracted = math.prod(shapes[0][int(a)] for a in axes[1].split(",") if a) if axes else 1
+        return 2.0 * out * contracted
+    labels = re.search(r"dim_labels=\w+_(\w+)->", made.rest)
+    return 2.0 * out * math.prod(shapes[1]) / shapes[1][labels[1].index("o")]
+
+
+def _moved(computations, computation: Computation, made: Instruction) -> float:
+    """Bytes of HBM that an instruction reads and writes."""
+    if made.opcode in FREE or made.opcode.endswith("-done"):
+        return 0.0
+    operands = [computation.instructions.get(name) for name in made.operands]
+    read = [_hbm(operand.shapes) if operand else 0.0 for operand in operands]
+    written = _hbm(made.shapes)
+    if made.opcode.endswith("-start"):  # the result names the operand again
+        if made.opcode == "slice-start":
+            whole = sum(x.bytes for operand in operands if operand for x in operand.shapes)
+            read = [sum(x.bytes for x in made.shapes) - whole]
+            return sum(read) + max(written - whole, 0.0)
+        return sum(read) + max(written - sum(read), 0.0)
+    if made.opcode in SLICES:
+        return 2 * written
+    if made.opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * (read[1] if made.opcode == "dynamic-update-slice" else read[-1])
+    called = re.search(r"calls=%?([\w.\-]+)", made.rest)
+    if made.opcode != "fusion" or not called or called[1] not in computations:
+        return sum(read) + written
+    inner = computations[called[1]].instructions
+    for place, names in _parameters(inner).items():
+        if place < len(read):
+            read[place] = min(read[place], _read_of(inner, names))
+    root = computations[called[1]].root
+    parts = root.operands if root.opcode == "tuple" else [root.name]
+    updates = [i for i in (_behind(inner, p) for p in parts) if i.opcode == "dynamic-update-slice"]
+    if updates:
+        whole = sum(_hbm(i.shapes) for i in updates)
+        written -= min(whole, written)
+        written += sum(i.bytes for u in updates for i in inner[u.operands[1]].shapes)
+    return sum(read) + written
+
+
+def _hbm(shapes: list[Shape]) -> float:
+    return sum(shape.bytes for shape in shapes if not shape.fast)
+
+
+def _behind(inner, name: str) -> Instruction:
+    """What a value is, behind changes of its shape alone."""
+    made = inner[name]
+    while made.opcode in ("bitcast", "copy") and made.operands and made.operands[0] in inner:
+        made = inner[made.operands[0]]
+    return made
+
+
+def _parameters(inner) -> dict[int, list[str]]:
+    """Names of every parameter of a fusion, and of its values in another shape."""
+    names = {int(i.rest): [i.name] for i in inner.values() if i.opcode == "parameter"}
+    for same in names.values():
+        same += [i.name for i in inner.values() if i.opcode == "bitcast" and i.operands == same[:1]]
+    return names
+
+
+def _read_of(inner, names: list[str]) -> float:
+    """Bytes of a fusion's operand that are read: of one that is only sliced, the slices."""
+    total = 0.0
+    for made in inner.values():
+        if made.name in names or not set(made.operands) & set(names):
+            continue
+        if made.opcode in SLICES and made.operands[0] in names:
+            total += sum(shape.bytes for shape in made.shapes)
+        elif not (made.opcode == "dynamic-update-slice" and made.operands[0] in names):
+            return math.inf
+    return total
+
+
+def _exchange(computation: Computation, made: Instruction, kind: str):
+    """(kind, places of the first group, bytes that a device sends) of a collective."""
+    size = sum(
+        shape.bytes
+        for name in made.operands
+        if name in computation.instructions
+        for shape in computation.instructions[name].shapes
+    )
+    group = read_group(made.rest)
+    ways = max(len(group), 1)
+    # A sum of which every device keeps its part only is a reduce-scatter, however it is written.
+    if kind == "all-reduce" and computation.is_inner and computation.root.opcode in SLICES:
+        kind = "reduce-scatter"
+    share = {"all-gather": ways - 1, "all-reduce": 2 * (ways - 1) / ways}
+    share |= dict.fromkeys(("collective-permute", "collective-broadcast"), 1)
+    return kind, group, size * share.get(kind, (ways - 1) / ways)
+
+
+def read_group(text: str) -> tuple[int, ...]:
+    """The first group of devices in the attributes of a collective; all it may name if none."""
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        groups, dims, turned = (
+            [int(x) for x in part.split(",")] if part else None for part in iota.groups()
+        )
+        places = np.arange(math.prod(dims)).reshape(dims)
+        places = places.transpose(turned) if turned else places
+        return tuple(int(x) for x in places.reshape(groups)[0])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    if named:
+        return _group_of_axes(*named.groups())
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", text)
+    return tuple(int(x) for x in listed[1].split(",") if x) if listed else ()
+
+
+def _group_of_axes(mesh: str, along: str) -> tuple[int, ...]:
+    """Group 0 of `'a'=2,'b'=4` along `'b'`, or along a part of it, `'b':(before)size`."""
+    sizes, names = [], []
+    parts = {name: (int(before), int(size)) for name, before, size in _PART.findall(along)}
+    whole = set(re.findall(r"'(\w+)'(?!:)", along))
+    for name, length in re.findall(r"'(\w+)'=(\d+)", mesh):
+        before, size = parts.get(name, (1, int(length)))
+        sizes += [before, size, int(length) // (before * size)]
+        names += [None, name if name in whole | parts.keys() else None, None]
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    return tuple(int(x) for x in places[tuple(slice(None) if n else 0 for n in names)].flat)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from common_jax.flops import count_flops
+from common_jax.hlo import parse_instruction, parse_shapes, read_group, read_program
+
+# ruff: noqa: E501
+LOOP = """
+HloModule jit_step, num_partitions=8
+
+%fused_slice (p0: f32[4,16,32], p1: s32[]) -> bf16[16,32] {
+  %p0 = f32[4,16,32]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %cut = f32[1,16,32]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,16,32}
+  %flat = f32[16,32]{1,0:T(8,128)} bitcast(%cut)
+  ROOT %half = bf16[16,32]{1,0:T(8,128)(2,1)} convert(%flat)
+}
+
+%body (arg: (s32[], f32[4,16,32])) -> (s32[], f32[4,16,32]) {
+  %arg = (s32[]{:T(128)}, f32[4,16,32]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %w = f32[4,16,32]{2,1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %layer = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%w, %i), kind=kLoop, calls=%fused_slice
+  %whole = bf16[64,32]{1,0:T(8,128)(2,1)} all-gather(%layer), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %small = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} copy(%whole)
+  %y = f32[64,64]{1,0:T(8,128)} convolution(%small, %whole), dim_labels=bf_oi->bf
+  ROOT %out = (s32[]{:T(128)}, f32[4,16,32]{2,1,0:T(8,128)}) tuple(%i, %w)
+}
+
+%condition (arg.1: (s32[], f32[4,16,32])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, f32[4,16,32]{2,1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %most = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[]{:T(512)} compare(%j, %most), direction=LT
+}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %ab = f32[] add(%a, %b)
+}
+
+ENTRY %main (w0: f32[4,16,32]) -> f32[4,16,32] {
+  %w0 = f32[4,16,32]{2,1,0:T(8,128)} parameter(0)
+  %start = s32[]{:T(128)} constant(0)
+  %both = (s32[]{:T(128)}, f32[4,16,32]{2,1,0:T(8,128)}) tuple(%start, %w0)
+  %loop = (s32[]{:T(128)}, f32[4,16,32]{2,1,0:T(8,128)}) while(%both), condition=%condition, body=%body
+  %end = f32[4,16,32]{2,1,0:T(8,128)} get-tuple-element(%loop), index=1
+  ROOT %total = f32[4,16,32]{2,1,0:T(8,128)} all-reduce(%end), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, use_global_device_ids=true, to_apply=%sum
+}
+"""
+
+
+def test_shapes_have_bytes_and_know_the_memory_they_lie_in():
+    fast, slow, flag = parse_shapes("(bf16[8,4]{1,0:T(8,128)(2,1)S(1)}, f32[3]{0}, pred[])")
+    assert (fast.dims, fast.bytes, fast.fast) == ((8, 4), 64, True)
+    assert (slow.bytes, slow.fast, flag.bytes) == (12, False, 1)
+    assert parse_shapes("s4[6]")[0].bytes == 3 and parse_shapes("f8e4m3fn[6]")[0].bytes == 6
+
+
+def test_an_instruction_is_read_with_layouts_tuples_and_nested_parentheses():
+    line = (
+        "ROOT %a.1 = (f32[2]{0:T(8)(2,1)}, s32[]) fusion(%b, f32[2]{0} %c.2), kind=kLoop, calls=%f"
+    )
+    made = parse_instruction(line)
+    assert (made.name, made.opcode, made.operands) == ("a.1", "fusion", ["b", "c.2"])
+    assert made.is_root and "calls=%f" in made.rest and len(made.shapes) == 2
+    assert parse_instruction("%x = s32[] constant(-7)").rest == "-7"
+    assert parse_instruction("// a remark") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups={{1,3},{0,2}}, x=1", (1, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2,'a'}", (0, 2, 4, 6)),
+        ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+        ("replica_groups={}", ()),
+    ],
+)
+def test_the_first_group_of_devices_is_read_in_every_notation(text, group):
+    assert read_group(text) == group
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    cost = read_program(LOOP)
+    assert cost.open_loops == 0
+    assert cost.flops == 4 * (2 * 64 * 64 * 32)
+    gather, total = sorted(cost.collectives, key=lambda made: made.kind)
+    # Four devices: each sends its quarter three times. Two devices: half, there and back.
+    assert (gather.kind, gather.group, gather.count) == ("all-gather", (0, 1, 2, 3), 4)
+    assert gather.bytes == 4 * 3 * (16 * 32 * 2)
+    assert (total.kind, total.group, total.bytes) == ("all-reduce", (0, 4), 4 * 16 * 32 * 4)
+
+
+def test_bytes_are_those_of_slices_and_of_the_large_memory():
+    layer, whole, out = 16 * 32 * 4, 64 * 32 * 2, 64 * 64 * 4
+    fusion = layer + layer // 2  # of the stack, one layer is read
+    gather = layer // 2 + whole
+    copy = whole  # its target lies beside the core
+    product = whole + out
+    total = 2 * 4 * layer
+    numbers = 4 + (4 + 4 + 1)  # the place in the stack; the condition
+    body = fusion + gather + copy + product + numbers
+    assert read_program(LOOP).hbm_bytes == 4 * body + total
+
+
+def test_a_loop_of_unknown_length_counts_once_and_is_told():
+    cost = read_program(
+        LOOP.replace("%most = s32[]{:T(128)} constant(4)", "%most = s32[] negate(%j)")
+    )
+    assert cost.open_loops == 1 and cost.flops == 2 * 64 * 64 * 32
+    known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert read_program(known).flops == 9 * (2 * 64 * 64 * 32)
+
+
+def test_a_compiled_program_has_the_operations_of_the_traced_one():
+    def run(x, w):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jax.grad(lambda w: jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2))(w)
+
+    x, w = jnp.ones((24, 16)), jnp.ones((6, 16, 16))
+    cost = read_program(jax.jit(run).lower(x, w).compile().as_text())
+    assert cost.flops == count_flops(run, x, w)
+    assert cost.open_loops == 0 and not cost.collectives
+
+
+def test_bytes_without_loops_are_those_that_the_compiler_counts():
+    def run(x, w):
+        return jnp.tanh(x @ w) @ w.T + x
+
+    compiled = jax.jit(run).lower(jnp.ones((64, 32)), jnp.ones((32, 48))).compile()
+    counted = compiled.cost_analysis()["bytes accessed"]
+    assert read_program(compiled.as_text()).hbm_bytes == pytest.approx(counted, rel=0.05)
