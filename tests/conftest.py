@@ -7,7 +7,17 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Compiling takes most of the suite's time, and tests run each program a few times only: without
+# most of the optimisations for speed the programs are the same and are made in half the time.
+QUICK_COMPILATION = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process with so many fake devices."""
+    return f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
+
+
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=2))
 # Workers of pytest-xdist and subprocesses of tests compile the same small programs: share them.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import golden_cases, read_golden, rel_error
+from conftest import golden_cases, read_golden, rel_error, xla_flags
 from geodit_oracle import read_tree, tree_from_state
 from torch_oracle import randomise
 
@@ -310,7 +310,7 @@ def test_every_large_leaf_of_the_full_model_is_split_evenly_on_a_pod():
 
 def test_eight_devices_give_the_logits_and_gradients_of_one():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(devices=8),
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "tests/eight_devices.py"]

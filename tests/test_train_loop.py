@@ -17,6 +17,7 @@ from common_jax.checkpoint import Checkpoints
 from common_jax.train_loop import PREEMPTED, LossError, Pipeline, train
 from common_jax.workdir import WorkdirError, lock_workdir
 from data.pipeline import eval_batches, train_batches
+from tests.conftest import xla_flags
 from tests.linear_task import LinearTask, linear_config
 
 PIPELINE = Pipeline(train_batches, eval_batches)
@@ -223,7 +224,7 @@ def test_two_hosts_give_the_losses_and_scores_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
     command = [sys.executable, "tests/two_hosts.py", str(port)]
     hosts = [
         subprocess.Popen([*command, str(i), str(tmp_path / "two")], cwd=ROOT, env=env)
