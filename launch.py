@@ -49,7 +49,7 @@ ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).
 HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
 KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
 DECODE = flags.DEFINE_list("decode", [], "Decoder, as in steps=8,cache=prefix (GeoDiT).")
-RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME or NAME@SPLIT.")
+RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME[@SPLIT][=ROOT], or a JSONL file.")
 PREDICTIONS = flags.DEFINE_string("predictions", None, "A predictions.jsonl to score.")
 PROFILE = flags.DEFINE_enum(
     "metric_profile", "standard", ["standard", "paper_compat"], "How answers are scored."
@@ -210,8 +210,8 @@ def verify() -> int:
     if (Path(need(WEIGHTS, "verify")) / "config.json").is_file():
         from geodit_jax.convert import describe_folder
 
-        print(describe_folder(WEIGHTS.value))
-        return 0
+        text, is_usable = describe_folder(WEIGHTS.value)
+        return print(text) or int(not is_usable)
     from data.images import decode
     from satdifuser_jax.verify import verify as check
 
