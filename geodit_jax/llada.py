@@ -98,9 +98,10 @@ class MLP(nn.Module):
         def linear(name, features, x):
             return Linear(features, use_bias=False, dtype=x.dtype, name=name)(x)
 
-        gate = linear("gate_proj", self.hidden, x)
-        h = nn.silu(gate) * linear("up_proj", self.hidden, x)
-        return linear("down_proj", x.shape[-1], h)
+        rows = x.reshape(-1, x.shape[-1])  # see Linear
+        gate = linear("gate_proj", self.hidden, rows)
+        h = nn.silu(gate) * linear("up_proj", self.hidden, rows)
+        return linear("down_proj", x.shape[-1], h).reshape(x.shape)
 
 
 class Block(nn.Module):
