@@ -33,6 +33,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from common_jax.host_memory import use_huge_pages
+
 TASKS = {
     "satdifuser_probe": ("satdifuser_jax.probe", "ProbeTask"),
     "satdifuser_pretrain": ("satdifuser_jax.pretrain", "PretrainTask"),
@@ -211,7 +213,8 @@ def verify() -> int:
         from geodit_jax.convert import describe_folder
 
         text, is_usable = describe_folder(WEIGHTS.value)
-        return print(text) or int(not is_usable)
+        print(text)
+        return 0 if is_usable else 1
     from data.images import decode
     from satdifuser_jax.verify import verify as check
 
@@ -347,4 +350,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main, flags_parser=parse)

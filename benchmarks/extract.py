@@ -27,6 +27,7 @@ from absl import app, flags
 from benchmarks.measure import alternate, peak_during, run_child
 from common_jax.compiler import jit
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.report import format_table
 from satdifuser_jax.cache import build_cache, open_cache
 from satdifuser_jax.extract import (
@@ -256,4 +257,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -26,6 +26,7 @@ from absl import app, flags, logging
 
 from common_jax.charts import save_curves
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
 from common_jax.train_loop import Pipeline, train
@@ -151,4 +152,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)
