@@ -18,9 +18,7 @@ Settings: --config.group.key=value. `:tiny` makes any config a smoke test that r
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -33,6 +31,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from common_jax.command_line import Verb, choose, need, parse
 from common_jax.host_memory import use_huge_pages
 
 TASKS = {
@@ -62,13 +61,6 @@ TO = flags.DEFINE_enum(
 )
 FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "array_record"], "Feature file format.")
 SWEEP = flags.DEFINE_list("sweep", [], "Linear probes of single timesteps and/or taps.")
-
-
-def need(flag, verb: str):
-    """Value of a flag that this verb cannot do without."""
-    if not flag.value:
-        raise app.UsageError(f"`launch.py {verb}` needs --{flag.name}=...")
-    return flag.value
 
 
 def make_task(config, method: str | None = None):
@@ -248,88 +240,19 @@ def show_config() -> int:
     return 0
 
 
-VERBS = {
-    "train": train,
-    "eval": evaluate,
-    "extract": extract,
-    "predict": predict,
-    "convert": convert,
-    "verify": verify,
-    "plan": plan,
-    "show_config": show_config,
-}
 ANSWERING = ("weights", "decode", "out")  # of a GeoDiT model
-USED_FLAGS = {
-    "train": ("config", "workdir"),
-    "eval": ("workdir", "config", "sweep", *ANSWERING, "records", "predictions", "metric_profile"),
-    "extract": ("config", "images", "out", "format"),
-    "predict": ("workdir", "config", "images", "image", *ANSWERING, "ask", "kind", "history"),
-    "convert": ("weights", "out", "to", "resolution"),
-    "verify": ("weights", "resolution", "images"),
-    "plan": ("config",),
-    "show_config": ("config", "workdir"),
+SCORING = ("sweep", *ANSWERING, "records", "predictions", "metric_profile")
+ASKING = ("image", *ANSWERING, "ask", "kind", "history")
+VERBS = {
+    "train": Verb(train, ("config", "workdir")),
+    "eval": Verb(evaluate, ("workdir", "config", *SCORING)),
+    "extract": Verb(extract, ("config", "images", "out", "format")),
+    "predict": Verb(predict, ("workdir", "config", "images", *ASKING)),
+    "convert": Verb(convert, ("weights", "out", "to", "resolution")),
+    "verify": Verb(verify, ("weights", "resolution", "images")),
+    "plan": Verb(plan, ("config",)),
+    "show_config": Verb(show_config, ("config", "workdir")),
 }
-ALL_FLAGS = tuple(dict.fromkeys(name for used in USED_FLAGS.values() for name in used))
-
-
-def describe(argv: list[str]) -> str:
-    """The help text: of one verb where argv names one, else of all."""
-    verb = next((word for word in argv[1:] if word in VERBS), None)
-    function = VERBS.get(verb, sys.modules[__name__])
-    used = USED_FLAGS.get(verb, ALL_FLAGS)
-    lines = [f"python launch.py {verb or 'VERB'} [flags]", "", inspect.getdoc(function), ""]
-    lines += [f"  --{name:<16}{flags.FLAGS[name].help}" for name in used]
-    if "config" in used:
-        lines += ["", "Every setting: python launch.py show_config --config=configs/NAME.py"]
-    return "\n".join(lines)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Words of the command line after the flags; help and mistakes end the program here."""
-    if {"--help", "-h", "-help", "--helpshort", "help"} & set(argv[1:]):
-        print(describe(argv))
-        sys.exit(0)
-    try:
-        words = flags.FLAGS(argv)
-        check_config_file()
-        return words
-    except (AttributeError, KeyError) as error:
-        told = name_setting(argv, str(error))
-    except (flags.Error, ValueError, TypeError, OSError) as error:
-        told = str(error).strip().splitlines()[-1].strip()  # before it, a traceback of the config
-    print(f"launch.py: {told}\n(python launch.py --help says more)", file=sys.stderr)
-    sys.exit(2)
-
-
-def name_setting(argv: list[str], text: str) -> str:
-    """The --config.a.b=... of argv that the config has not; its own error says `b` alone."""
-    name = next(iter(re.findall(r"\w+", text)), "")
-    hint = re.search(r'Did you mean "(\w+)"', text)
-    keys = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
-    wrong = next((key for key in keys if name in key.split(".")), name)
-    return f"{wrong}: the config has no such setting" + (f"; {hint[1]}?" if hint else "")
-
-
-def check_config_file() -> None:
-    name = flags.FLAGS["config"].config_filename if CONFIG.present else None
-    if name and not Path(name.partition(":")[0]).is_file():
-        files = [p for p in Path("configs").glob("*.py") if "def get_config" in p.read_text()]
-        known = ", ".join(sorted(map(str, files)))
-        raise ValueError(f"--config={name}: there is no such file; known: {known}")
-
-
-def choose(words: list[str]):
-    """The function of the verb; raises UsageError on words and flags that do not belong."""
-    verb, *rest = words[1:] or [""]
-    if verb not in VERBS or rest:
-        wrong = f"unknown words: {' '.join(rest)}" if rest else f"no verb {verb!r}"
-        raise app.UsageError(f"{wrong}; the first word must be one of: {', '.join(VERBS)}")
-    used = USED_FLAGS[verb]
-    extra = [name for name in ALL_FLAGS if flags.FLAGS[name].present and name not in used]
-    if extra:
-        takes = ", ".join(f"--{name}" for name in used)
-        raise app.UsageError(f"`launch.py {verb}` does not take --{extra[0]}; it takes {takes}")
-    return VERBS[verb]
 
 
 def main(words: list[str]) -> int:
@@ -337,7 +260,7 @@ def main(words: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     warnings.formatwarning = lambda message, kind, *_: f"{kind.__name__}: {message}\n"
     try:
-        return choose(words)()
+        return choose(words, VERBS).run()
     except app.UsageError as error:
         print(f"launch.py: {error}\n(python launch.py --help says more)", file=sys.stderr)
         return 2
@@ -351,4 +274,4 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     use_huge_pages()
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=lambda argv: parse(argv, VERBS, __doc__))

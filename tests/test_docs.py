@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from tiny_pipeline import UNET, write_pipeline
 
 import launch
+from common_jax.command_line import all_flags
 from common_jax.workdir import flatten_config
 from data.catalog import GEOBENCH, defaults
 from satdifuser_jax.heads import FUSERS
@@ -56,14 +57,14 @@ def parse_command(line: str) -> str:
             values[flag.name] = copy.deepcopy(flag)
     left = values(argv)
     assert left == ["launch.py"], f"words that are no flags: {left[1:]}: {line}"
-    needed = re.findall(r"need\((\w+),", inspect.getsource(launch.VERBS[verb]))
+    needed = re.findall(r"need\((\w+),", inspect.getsource(launch.VERBS[verb].run))
     instead = {"workdir": ("weights", "predictions"), "images": ("image",)}  # GeoDiT takes these
     for name in (getattr(launch, constant).name for constant in needed):
         if any(values[other].value for other in instead.get(name, ())):
             continue
         assert values[name].value, f"`launch.py {verb}` needs --{name}: {line}"
-    for name in launch.ALL_FLAGS:
-        assert not values[name].present or name in launch.USED_FLAGS[verb], f"--{name}: {line}"
+    for name in all_flags(launch.VERBS):
+        assert not values[name].present or name in launch.VERBS[verb].flags, f"--{name}: {line}"
     if config.value:
         check_config(config.value)
     return verb
