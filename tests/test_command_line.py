@@ -59,6 +59,6 @@ def test_a_missing_flag_is_named():
 
 def test_an_unknown_setting_is_named_in_full_with_a_suggestion():
     argv = ["launch.py", "train", "--config.model.fusser=gw"]
-    text = """'Key "fusser" not found. Did you mean "fuser" instead of "fusser"?'"""
+    text = "'fusser' is unknown. Did you mean \"fuser\" instead?"
     told = name_setting(argv, text)
     assert told == "--config.model.fusser: the config has no such setting; fuser?"
