@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Large arrays in huge pages, see common_jax/host_memory.py.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: quickstart quickstart-geodit test lint slow lock clean
 
 $(VENV)/.made:

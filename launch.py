@@ -33,6 +33,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from common_jax.command_line import Verb, choose, need, parse
+from common_jax.host_memory import use_huge_pages
 
 TASKS = {
     "satdifuser_probe": ("satdifuser_jax.probe", "ProbeTask"),
@@ -50,7 +51,7 @@ ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).
 HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
 KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
 DECODE = flags.DEFINE_list("decode", [], "Decoder, as in steps=8,cache=prefix (GeoDiT).")
-RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME or NAME@SPLIT.")
+RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME[@SPLIT][=ROOT], or a JSONL file.")
 PREDICTIONS = flags.DEFINE_string("predictions", None, "A predictions.jsonl to score.")
 PROFILE = flags.DEFINE_enum(
     "metric_profile", "standard", ["standard", "paper_compat"], "How answers are scored."
@@ -245,8 +246,9 @@ def verify() -> int:
     if (Path(need(WEIGHTS, "verify")) / "config.json").is_file():
         from geodit_jax.convert import describe_folder
 
-        print(describe_folder(WEIGHTS.value))
-        return 0
+        text, is_usable = describe_folder(WEIGHTS.value)
+        print(text)
+        return 0 if is_usable else 1
     from data.images import decode
     from satdifuser_jax.verify import verify as check
 
@@ -331,4 +333,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main, flags_parser=lambda argv: parse(argv, VERBS, __doc__))

@@ -28,6 +28,7 @@ from absl import app, flags
 
 from benchmarks.measure import alternate
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.report import format_table
 from geodit_jax import llada
 from geodit_jax.config import GeoDiTConfig, find_size
@@ -191,4 +192,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/xla").absolute()))
@@ -28,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import alternate, peak_during, run_child
 from common_jax.compiler import jit
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.report import format_table
 from satdifuser_jax.cache import build_cache, open_cache
 from satdifuser_jax.extract import (
@@ -190,43 +188,9 @@ class Torch:
 
 
 # ---------------------------------------------------------------------------------------- measure
-def seconds(function, *args) -> float:
-    start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
-
-
-def alternate(jobs: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every job, one after the other, `repeats` rounds after one that warms up."""
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    for round_ in range(repeats + 1):
-        for name, job in jobs.items():
-            spent = seconds(job)
-            print(f"round {round_}  {name:<28}{spent:8.2f} s", file=sys.stderr, flush=True)
-            if round_:
-                found[name].append(spent)
-    return found
-
-
 def make_images() -> np.ndarray:
     shape = (BATCH.value, SIDE.value, SIDE.value, 3)
     return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
-
-
-def peak_during(job) -> float:
-    """Peak resident memory of this process in GiB while `job` runs (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, that of making weights
-    job()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
-
-
-def peak_of(side: str) -> float:
-    """Peak resident memory in GiB of a child that makes passes of one side."""
-    command = [sys.executable, "-m", "benchmarks.extract", f"--memory={side}"]
-    command += [f"--batch={BATCH.value}", f"--side={SIDE.value}"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(out.strip().splitlines()[-1])
 
 
 def cached_taps(ours: Ours, features, folder: str):
@@ -275,7 +239,11 @@ def main(_):
         "epoch, cache=taps, dense MoE": epoch / median["ours taps + dense MoE step"],
     }
     bars = dict(zip(ratios, (0.95, 3.3, 20.0, None)))
-    memory = {side: peak_of(side) for side in ("ours", "torch")}
+    shape = [f"--{flag.name}={flag.value}" for flag in (BATCH, SIDE)]
+    memory = {
+        side: run_child("benchmarks.extract", [f"--memory={side}", *shape])
+        for side in ("ours", "torch")
+    }
     rows = [{"what": k, "ours / torch": v, "bar": bars[k]} for k, v in ratios.items()]
     rows.append(
         {"what": "peak memory (at most 1)", "ours / torch": memory["ours"] / memory["torch"]}
@@ -289,4 +257,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -22,6 +22,7 @@ import torch
 from absl import app, flags
 
 from common_jax.compiler import compiler_options
+from common_jax.host_memory import use_huge_pages
 from common_jax.report import format_table
 from satdifuser_jax.heads import Head, HeadSpec, init_head
 from satdifuser_jax.losses import head_loss
@@ -115,4 +116,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -30,6 +30,7 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.baselines import colour_and_hog, score_road_colours
 from common_jax.checkpoint import Checkpoints
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
 from common_jax.sharding import make_mesh
@@ -320,4 +321,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -27,6 +27,7 @@ from absl import app, flags
 from benchmarks.measure import alternate, peak_during, run_child
 from common_jax.compiler import compiler_options
 from common_jax.files import write_json
+from common_jax.host_memory import use_huge_pages
 from common_jax.optim import make_optimizer
 from common_jax.report import format_table
 from common_jax.train_step import TrainState, make_step
@@ -229,4 +230,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -35,6 +35,8 @@ def _keep_products(primitive, *avals, **parameters) -> bool:
 class Linear(nn.Module):
     """y = x @ kernel [C,F] + bias [F], on the last axis.
 
+    The other axes are made one for the product: its gradients are then plain matrix products, which
+    XLA computes on a CPU at twice the rate.
     Where the tree has adapters beside the kernel (`common_jax.lora`), their product is added.
     """
 
@@ -46,14 +48,15 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", declare, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = jnp.dot(x, kernel.astype(self.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.dot(rows, kernel.astype(self.dtype))
         if self.has_variable("params", "lora_a"):
             names = ("lora_a", "lora_b", "lora_scale")
             a, b, scale = (self.get_variable("params", name) for name in names)
-            y = y + (x @ a.astype(self.dtype)) @ (scale * b).astype(self.dtype)
+            y = y + (rows @ a.astype(self.dtype)) @ (scale * b).astype(self.dtype)
         if self.use_bias:
             y = y + self.param("bias", declare, (self.features,)).astype(self.dtype)
-        return y
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):

@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from absl import app, flags, logging
 
+from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
 from common_jax.train_loop import Pipeline, train
@@ -125,4 +126,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

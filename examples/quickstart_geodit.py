@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 from absl import app, flags, logging
 
 from common_jax.charts import save_curves
+from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
 from common_jax.train_loop import Pipeline, train
@@ -148,4 +149,5 @@ def draw_one_decode(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -291,8 +291,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------- describing
-def describe_folder(folder: str | os.PathLike) -> str:
-    """What a folder holds and whether it can be used, for people. No value is read."""
+VERDICTS = {True: "usable", False: "NOT usable, see above"}
+
+
+def describe_folder(folder: str | os.PathLike) -> tuple[str, bool]:
+    """(what a folder holds, for people; whether it can be used). No value is read."""
     source = open_folder(folder)
     release = {"llava": "LLaDA-V", "llada": "LLaDA"}[source.layout]
     lines = [f"{source.folder}: names of {release}", *_table(source), *_describe_index(source)]
@@ -305,9 +308,9 @@ def describe_folder(folder: str | os.PathLike) -> str:
         lines.append(f"pictures: {config.image_mode}, {config.merge}, max_tiles={config.max_tiles}")
         _, report = match_folder(source, config)
     except ValueError as error:
-        return "\n".join([*lines, str(error), "NOT usable, see above"])
-    bad = report.missing or report.misshapen
-    return "\n".join([*lines, str(report), "NOT usable, see above" if bad else "usable"])
+        return "\n".join([*lines, str(error), VERDICTS[False]]), False
+    ok = not (report.missing or report.misshapen)
+    return "\n".join([*lines, str(report), VERDICTS[ok]]), ok
 
 
 def _table(source: ModelFolder) -> list[str]:

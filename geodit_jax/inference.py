@@ -115,15 +115,23 @@ def make_row(record, answer: Answer, codec: str) -> dict:
 def score_records(
     responder: Responder, names: Sequence[str], out, profile: str = "standard", **settings
 ) -> dict:
-    """Answers record sets (`NAME` for its test split, or `NAME@SPLIT`) and scores them together.
+    """Answers record sets and scores them together.
 
-    Writes OUT/predictions.jsonl, OUT/scores.json and OUT/scores.txt; prints the table.
+    names: `NAME` for the test split, `NAME@SPLIT`, and `=ROOT` behind either where the set lies in
+    a folder or file of one's own; or a JSON lines file. Writes OUT/predictions.jsonl,
+    OUT/scores.json and OUT/scores.txt; prints the table.
     """
-    sources = [
-        open_records(name, split or "test") for name, _, split in (n.partition("@") for n in names)
-    ]
+    sources = [_open_set(name) for name in names]
     path = predict_records(responder, sources, Path(out) / "predictions.jsonl", **settings)
     return main_score(path, Path(out) / "scores.json", profile)
+
+
+def _open_set(text: str):
+    name, _, root = text.partition("=")
+    if name.endswith((".jsonl", ".json")):
+        name, root = "jsonl", name
+    name, _, split = name.partition("@")
+    return open_records(name, split or "test", root=root or None)
 
 
 # ----------------------------------------------------------------------------------- own pictures

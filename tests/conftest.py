@@ -7,7 +7,13 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Compiling takes most of the suite's time, and tests run each program a few times only: without
+# most of the optimisations for speed the programs are the same and are made in half the time.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1 "
+    "--xla_cpu_use_fusion_emitters=false",
+)
 # Workers of pytest-xdist and subprocesses of tests compile the same small programs: share them.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla")
@@ -24,6 +30,11 @@ flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 GOLDEN_DIR = os.environ.get("GOLDEN_DIR")
 OWN_GOLDEN = Path(__file__).parent / "golden"  # made by make_golden.py
 EO_DATA_DIR = os.environ.get("EO_DATA_DIR")
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process of its own with so many devices; the last of two values counts."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 def golden_cases(pattern: str) -> list:

@@ -9,6 +9,7 @@ from PIL import Image
 from geodit_jax.answering import Answer, Question, Responder
 from geodit_jax.config import GeoDiTConfig, TextConfig, TokenIds, TowerConfig
 from geodit_jax.decode_config import DecodeConfig, parse_decode
+from geodit_jax.inference import score_records
 from geodit_jax.model import init_model
 from geodit_jax.pictures import save_boxes, save_history
 from geodit_jax.tokenizer import Tokenizer
@@ -133,3 +134,18 @@ def test_asking_a_folder_writes_answers_and_histories(responder, tmp_path, capsy
     assert "what is it?" in capsys.readouterr().out
     with pytest.raises(ValueError, match="nothing is asked"):
         ask_pictures(responder, folder, "", tmp_path / "out")
+
+
+def test_record_sets_of_a_command_line_have_a_split_a_root_or_are_a_file(responder, tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    rows = [
+        {"id": f"{split}-{n}", "image": "a.png", "task": "vqa", "question": "what?",
+         "answers": ["boat"], "split": split}
+        for split, count in (("test", 2), ("val", 1))
+        for n in range(count)
+    ]  # fmt: skip
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, expected in ((str(file), 2), (f"jsonl={file}", 2), (f"jsonl@val={file}", 1)):
+        result = score_records(responder, [name], tmp_path / "out")
+        assert sum(group["rows"] for group in result["groups"]) == expected

@@ -53,7 +53,7 @@ def test_missing_and_misshapen_tensors_are_all_named_with_their_shapes(folder):
     assert "model.norm.weight: found (31,), wanted (32,)" in text
     assert "model.layers.0.self_attn.o_proj.weight: found (32, 30), wanted (32, 32)" in text
     assert "unused: model.layers.0.self_attn.q_proj.bias" in text and "->" in text
-    described = describe_folder(folder)
+    described, _ = describe_folder(folder)
     assert described.endswith("NOT usable, see above") and "2 misshapen" in described
 
 
@@ -103,7 +103,8 @@ def test_a_config_that_contradicts_the_tensors_is_quoted_with_its_folder(folder)
     edit_json(folder, num_attention_heads=16)
     with pytest.raises(ValueError, match=r"/m: config\.json says 16 heads.*one folder"):
         load_model(folder)
-    assert describe_folder(folder).endswith("NOT usable, see above")
+    described, is_usable = describe_folder(folder)
+    assert described.endswith("NOT usable, see above") and not is_usable
 
 
 def test_files_that_are_no_llada_are_recognised(folder):
@@ -133,7 +134,7 @@ def test_unknown_special_ids_are_asked_for(folder):
     with pytest.raises(ValueError, match=r"nothing tells the special ids.*tokens="):
         load_model(folder)
     assert load_model(folder, tokens=TOKENS)[1] == CONFIG
-    assert "nothing tells the special ids" in describe_folder(folder)
+    assert "nothing tells the special ids" in describe_folder(folder)[0]
 
 
 @pytest.mark.parametrize("golden", golden_cases("llada_v"))

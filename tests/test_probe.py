@@ -7,21 +7,19 @@ import pytest
 from test_train_loop import PIPELINE, losses
 
 from common_jax.train_loop import train
-from configs.satdifuser_probe import get_config
 from satdifuser_jax.probe import ProbeTask
+from tests.small_probe import small_config
 
 
 def probe(workdir, arg="tiny", **changes):
-    config = get_config(arg)
-    with config.unlocked():
-        config.update_from_flattened_dict({"data.cache_dir": str(workdir.parent / "cache")})
-        config.update_from_flattened_dict(changes)
+    """Results of a run with one call of the network at one time, unless `changes` say otherwise."""
+    config = small_config(arg, **{"data.cache_dir": str(workdir.parent / "cache"), **changes})
     assert train(ProbeTask(config), config, str(workdir), PIPELINE) == 0
     return json.loads((workdir / "results.json").read_text())
 
 
 def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
-    settings = {"data.cache_dtype": "float32", "optim.lr": 1e-3}
+    settings = {"model.mode": "inversion", "model.timesteps": (), "optim.lr": 1e-3}
     runs = {
         kind: (probe(tmp_path / kind, **{"data.cache": kind, **settings}), losses(tmp_path / kind))
         for kind in ("none", "latents", "taps")
