@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common_jax import lora
+from common_jax.lora import TRAINABLE, add_adapters, merge_adapters
 from common_jax.sharding import count_ways, merge_trees, split_tree, tree_shardings
 from common_jax.task import Evaluator, PlanRow, Task
 from data.memory import InMemory
@@ -63,7 +63,7 @@ class GeoDiTTask(Task):
             raise ValueError(f"train.stage={stage!r}: use one of {', '.join(STAGES)}")
         if config.lora.rank and stage == "align":
             raise ValueError("lora.rank: use train.stage=sft or pretrain; align trains no core")
-        self.trainable = lora.TRAINABLE if config.lora.rank else STAGES[stage]
+        self.trainable = TRAINABLE if config.lora.rank else STAGES[stage]
         self.found = read_model(config.model)
         self.model = choose_model(self.found, config.model, text_only=stage == "pretrain")
         self.dtype = jnp.dtype(config.model.dtype)
@@ -97,10 +97,10 @@ class GeoDiTTask(Task):
 
     def _arrange(self, params, seed):
         """With adapters where they are asked for, and every leaf in its type."""
-        given = self.config.lora
-        if given.rank:
-            options = given.targets, given.rank, given.alpha, seed
-            params = params | {"core": lora.add_adapters(params["core"], *options)}
+        lora = self.config.lora
+        if lora.rank:
+            options = lora.targets, lora.rank, lora.alpha, seed
+            params = params | {"core": add_adapters(params["core"], *options)}
         wide, rest = split_tree(params, f"{self.trainable}|/lora_scale$")
         return merge_trees(_cast(rest, self.dtype), _cast(wide, jnp.float32))
 
@@ -312,7 +312,7 @@ class GeoDiTTask(Task):
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(folder)
             source = model.tokenizer or model.weights or folder
-            merged = lora.merge_adapters(params)
+            merged = merge_adapters(params)
             export_model(out, merged, self.model, source, dtype=self.dtype)
 
 

@@ -36,8 +36,9 @@ def run_hosts(count, workdir, changes=None, faults=None, devices=1, timeout=600)
 
     changes: settings of linear_config. faults: {process: (what, step)}, see `Faulty`.
     """
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    # The last of two values counts: those of the suite compile faster.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     port, hosts = find_port(), []
     for process in range(count):
         words = [port, process, count, workdir, json.dumps(changes or {})]

@@ -58,7 +58,8 @@ def parse_command(line: str) -> str:
     left = values(argv)
     assert left == ["launch.py"], f"words that are no flags: {left[1:]}: {line}"
     needed = re.findall(r"need\((\w+),", inspect.getsource(launch.VERBS[verb].run))
-    instead = {"workdir": ("weights", "predictions"), "images": ("image",)}  # GeoDiT takes these
+    # GeoDiT takes the first two; the third has a place of its own in a workdir.
+    instead = {"workdir": ("weights", "predictions"), "images": ("image",), "out": ("workdir",)}
     for name in (getattr(launch, constant).name for constant in needed):
         if any(values[other].value for other in instead.get(name, ())):
             continue

@@ -13,6 +13,7 @@ import torch
 from conftest import rel_error
 from test_residual_block import random_tree
 
+from common_jax.sharding import make_mesh
 from satdifuser_jax.bottlenecks import blend_stack
 from satdifuser_jax.experts import (
     balance_loss,
@@ -115,8 +116,7 @@ def test_both_implementations_take_maps_and_means(implementation, pooled, block)
 def test_devices_of_a_mesh_route_their_own_rows_to_the_same_result():
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
-    devices = np.asarray(jax.devices()[:2]).reshape(2, 1, 1)
-    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
+    mesh = make_mesh(devices=jax.devices()[:2])
     block, keys = BLOCK, 1
     stack, x, weights = problem()
     chosen = jnp.asarray(ROUTINGS["spread"])

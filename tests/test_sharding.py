@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import xla_flags
 from jax.sharding import PartitionSpec as P
 
 from common_jax.sharding import (
@@ -149,7 +150,7 @@ def test_constraints_hold_inside_on_mesh_and_are_nothing_outside():
 
 def test_eight_devices_give_the_steps_of_one_on_every_mesh():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(8),
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "tests/eight_devices.py"]
