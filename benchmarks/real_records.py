@@ -40,8 +40,8 @@ from geodit_jax.scoring.score import score_predictions
 from geodit_jax.task import GeoDiTTask
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/real_records", "Folder of all runs.")
-STEPS = flags.DEFINE_integer("steps", 2400, "Training steps of the model that sees.")
-BLIND = flags.DEFINE_integer("blind_steps", 800, "Training steps of the one that does not.")
+STEPS = flags.DEFINE_integer("steps", 3600, "Training steps of the model that sees.")
+BLIND = flags.DEFINE_integer("blind_steps", 1200, "Training steps of the one that does not.")
 # How often each set is drawn: captions and boxes are few, questions many.
 SETS = {
     "real:ucm_captions": 5,
@@ -58,9 +58,10 @@ def run_config(steps: int, blind: bool):
     with c.unlocked():
         c.data.weights = tuple(SETS.values())
         c.data.val_size, c.data.blind = 100, blind
-        c.batch_size, c.optim.steps = 32, steps
+        c.batch_size, c.optim.steps = 16, steps
         c.optim.weight_decay = 0.05
-        c.eval.every, c.checkpoint.every = 200, 200
+        c.train.antithetic = c.train.at_least_one = True
+        c.eval.every, c.checkpoint.every = 300, 300
     return c
 
 
