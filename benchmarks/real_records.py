@@ -60,6 +60,7 @@ def run_config(steps: int, blind: bool):
         c.data.val_size, c.data.blind = 100, blind
         c.batch_size, c.optim.steps = 16, steps
         c.optim.weight_decay = 0.05
+        c.train.label_policy = "response_only"
         c.train.antithetic = c.train.at_least_one = True
         c.eval.every, c.checkpoint.every = 300, 300
     return c
