@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from common_jax.checkpoint import Checkpoints
-from common_jax.compiler import compiler_options
+from common_jax.compiler import compiler_options, trim_after_compiling
 from common_jax.evaluate import Scorer
 from common_jax.files import write_atomic, write_json
 from common_jax.metric_log import MetricLog, Progress, say
@@ -107,6 +107,7 @@ class Run:
         """The program of one phase, compiled once; the seconds it took are logged."""
         if phase not in self.compiled:
             start = time.perf_counter()
+            trim_after_compiling()
             step = jax.jit(
                 make_step(self.task, self.tx, self.config),
                 static_argnums=4,
