@@ -3,12 +3,11 @@
     EO_DATA_DIR=... python -m benchmarks.real_records --workdir=runs/real_records
 
 Trains one model on UC Merced captions, questions and classes and on VHR-10 boxes together, and one
-that never sees a picture; the best step of each, and the decoder, are chosen on
-validation. Both answer the test
-pictures, none of which was seen (blocks of consecutive numbers, as neighbours are near-copies).
-Beside them: the most frequent answer of the training records, and the caption of the training
-picture with the nearest colours. Every part is an ordinary run; the same command continues. Writes
-table.md, table.json, curve.png. About 35 minutes on 2 cores.
+that never sees a picture; the best step of each and the decoder are chosen on validation. Both
+answer the test pictures, none of which was seen (blocks of consecutive numbers, as neighbours are
+near-copies). Beside them: the most frequent answer of the training records, and the caption of the
+training picture with the nearest colours. Every part is an ordinary run; the same command
+continues. Writes table.md, table.json, curve.png. About 35 minutes on 2 cores.
 """
 
 from __future__ import annotations
