@@ -34,7 +34,7 @@ from common_jax.train_loop import Pipeline, train
 from configs import geodit_sft
 from data.pipeline import eval_batches, train_batches
 from data.record_catalog import open_records
-from geodit_jax.decode_config import DecodeConfig
+from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig
 from geodit_jax.inference import predict_records, responder_of_run
 from geodit_jax.scoring.baselines import colour_histogram, most_frequent, nearest_image_captions
 from geodit_jax.scoring.score import score_predictions
@@ -56,7 +56,7 @@ SETS = {
 DECODERS = {
     "as published": DecodeConfig(),
     "end-of-text allowed": DecodeConfig(banned="none"),
-    "and blocks of 8": DecodeConfig(banned="none", block=8),
+    "and blocks of 8": TRAINED_HERE,
 }
 PIPELINE = Pipeline(train_batches, eval_batches)
 
@@ -68,7 +68,6 @@ def run_config(steps: int, blind: bool):
         c.data.val_size, c.data.blind = 100, blind
         c.batch_size, c.optim.steps = 16, steps
         c.optim.weight_decay = 0.05
-        c.answer.detection = 32
         c.train.label_policy = "response_only"
         c.train.antithetic = c.train.at_least_one = True
         c.eval.every, c.checkpoint.every = 300, 300

@@ -29,7 +29,7 @@ from configs import geodit_sft
 from data.pipeline import eval_batches, train_batches
 from data.scene_records import SceneRecords
 from geodit_jax.answering import Question
-from geodit_jax.decode_config import DecodeConfig
+from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig
 from geodit_jax.inference import predict_records, responder_of_run
 from geodit_jax.pictures import save_history
 from geodit_jax.scoring.baselines import most_frequent
@@ -51,9 +51,6 @@ KINDS = ("caption", "grounding", "detection", "vqa", "classification")
 # What says most about a picture in few tokens comes most often. Coordinates are many tokens that
 # take long to learn, and as long as they are guessed their gradients hide the others.
 DRAWN = (*("caption", "vqa", "classification") * 2, "grounding", "detection")
-# Trained from scratch, the model fills what an answer leaves of its window with end-of-text, which
-# the published decoder forbids. Blocks from left to right keep these ids from coming first.
-DECODE = DecodeConfig(banned="none", block=8)
 PIPELINE = Pipeline(train_batches, eval_batches)
 SHOWS = """\
 What this shows: the whole path works, and what a model that writes by unmasking learns from
@@ -66,7 +63,6 @@ def run_config(steps: int, blind: bool):
     with c.unlocked():
         c.data.blind, c.data.codec = blind, "int100"
         c.data.kinds, c.data.size, c.data.text_length = DRAWN, 16384, 72
-        c.answer.detection = 32
         c.train.label_policy = "response_only"
         c.train.antithetic = c.train.at_least_one = True
         c.batch_size, c.optim.steps = 16, steps
@@ -83,7 +79,7 @@ def train_model(folder: Path, steps: int, blind: bool) -> float:
     return time.perf_counter() - start
 
 
-def score(folder: Path, name: str, kinds, each: int, decode: DecodeConfig = DECODE) -> dict:
+def score(folder: Path, name: str, kinds, each: int, decode: DecodeConfig = TRAINED_HERE) -> dict:
     """{task: main score in percent} of a trained run on unseen scenes."""
     sources = [SceneRecords("test", each, kinds=(kind,), max_boxes=2) for kind in kinds]
     responder = responder_of_run(folder, decode)
@@ -152,7 +148,7 @@ def main(_):
 def draw_one_decode(folder: Path) -> None:
     """How the caption of one unseen scene came about."""
     example = SceneRecords("test", 1, kinds=("caption",))[0]
-    responder = responder_of_run(folder / "sees", DECODE)
+    responder = responder_of_run(folder / "sees")
     question = Question(responder.prompts.ask(example["record"]), example["image"], "caption")
     ((_, answer),) = responder.answer([question])
     save_history(answer.pieces, answer.committed_at, folder / "history.png", title=answer.text)
