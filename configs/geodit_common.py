@@ -64,7 +64,7 @@ def geodit_config(stage: str, arg: str | None) -> tuple[ConfigDict, bool, bool]:
     c.answer = ConfigDict()  # window of the last answer by task, in tokens; 0 = as long as it is
     c.answer.caption = 16 if published else 32
     c.answer.grounding = 32
-    c.answer.detection = 32
+    c.answer.detection = 32 if published else 40
     c.answer.vqa = 8
     c.answer.classification = 8
     c.answer.chat = 0

@@ -106,6 +106,17 @@ class DecodeConfig:
         return self.refresh_every if self.cache == "prefix" else 1
 
 
+def fit_window(decode: DecodeConfig, window: int) -> DecodeConfig:
+    """The same choices for an answer of `window` tokens; steps are rounded up to share by blocks.
+
+    A block longer than the window is the window. Raises ValueError where it does not divide it.
+    """
+    block = min(decode.block, window)
+    blocks = max(1, window // (block or window))
+    steps = -(-decode.steps // blocks) * blocks
+    return dataclasses.replace(decode, length=window, block=block, steps=steps)
+
+
 TRAINED_HERE = DecodeConfig(banned="none", block=8)
 """For models of this project's training, which fills what an answer leaves of its window with
 end-of-text: forbidden, other tokens would take its place; blocks keep it from coming first."""
