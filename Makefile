@@ -33,7 +33,7 @@ quickstart-geodit: $(VENV)/.runtime
 	$(BIN)/python -m examples.quickstart_geodit --workdir=runs/quickstart_geodit
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

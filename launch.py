@@ -212,11 +212,12 @@ def sample() -> int:
 
 def load_model_that_answers(verb: str):
     """The GeoDiT model in --weights, or what the training in --workdir exported."""
-    from geodit_jax.decode_config import parse_decode
+    from geodit_jax.decode_config import TRAINED_HERE, parse_decode
     from geodit_jax.inference import load_responder, responder_of_run
 
-    load = load_responder if WEIGHTS.value else responder_of_run
-    return load(WEIGHTS.value or need(WORKDIR, verb), parse_decode(DECODE.value))
+    if WEIGHTS.value:
+        return load_responder(WEIGHTS.value, parse_decode(DECODE.value))
+    return responder_of_run(need(WORKDIR, verb), parse_decode(DECODE.value, TRAINED_HERE))
 
 
 def convert() -> int:

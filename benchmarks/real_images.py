@@ -43,7 +43,7 @@ from satdifuser_jax.figures import save_feature_pca
 from satdifuser_jax.linear_probe import pool_taps
 from satdifuser_jax.pretrain import PretrainTask
 from satdifuser_jax.probe import ProbeTask
-from satdifuser_jax.probe_report import first_examples
+from satdifuser_jax.probe_report import spread_examples
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/real", "Folder of all runs.")
 STEPS = flags.DEFINE_integer("steps", 2500, "Pretraining steps of 32 images.")
@@ -51,6 +51,7 @@ STAGES = flags.DEFINE_list("stages", ["pretrain", "pooled", "heads", "table"], "
 SEEDS = (0, 1, 2)
 TIMES = (1, 21, 61, 121, 201, 401)
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse regularisation of the logistic regression
+EDGE = 3  # cells of feature maps that the pictures of them leave out
 PIPELINE = Pipeline(train_batches, eval_batches)
 
 
@@ -289,10 +290,13 @@ def draw_pca(folder: Path) -> None:
             c.model.timesteps, c.data.side, c.data.cache = (61,), 128, "none"
         task = ProbeTask(c)
         task.prepare(make_mesh(), eval_batches)
-        batch, images = first_examples(task, 8)
+        batch, images = spread_examples(task, 8)
         features = np.asarray(task.encode(batch)["features"][0])[:, 0]
         name = f"taps-{'untrained' if untrained else 'pretrained'}.png"
-        save_feature_pca(images, features, folder / name)
+        # Zero padding marks the borders more than anything in the picture: show the inside.
+        inside, edge = slice(EDGE, -EDGE), EDGE * images.shape[1] // features.shape[1]
+        images = images[:, edge:-edge, edge:-edge]
+        save_feature_pca(images, features[:, inside, inside], folder / name)
 
 
 def main(_):

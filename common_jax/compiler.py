@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 import jax
 
+from common_jax.host_memory import release_freed_memory
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+LONG = 1.0  # seconds; what compiles faster leaves little behind
+
 # By default XLA gives convolutions on a CPU to its newest library, which is slower at them than
 # Eigen. With single matmuls and reductions alone left to it, a full-width UNet call takes 0.88 of
 # the time, the VAE's encoder 0.79, a training step of a small UNet 0.87.
@@ -35,6 +40,7 @@ def jit(function: Callable, **settings) -> Callable:
 
     @functools.cache
     def tuned() -> Callable:
+        trim_after_compiling()
         return jax.jit(function, compiler_options=compiler_options(), **settings)
 
     @functools.wraps(function)
@@ -44,6 +50,17 @@ def jit(function: Callable, **settings) -> Callable:
         return (plain if is_inside else tuned())(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def trim_after_compiling() -> None:
+    """From now on the memory of every longer compilation is given back when it is done."""
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == COMPILED and seconds >= LONG:
+            release_freed_memory()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 @functools.cache

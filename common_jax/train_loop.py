@@ -19,6 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from common_jax.checkpoint import Checkpoints
+from common_jax.compiler import trim_after_compiling
 from common_jax.distributed import ask_first, batch_share, check_same, gather_tree
 from common_jax.evaluate import Scorer
 from common_jax.files import write_atomic, write_json
@@ -104,6 +105,7 @@ class Run:
         """The program of one phase, compiled once; the seconds it took are logged."""
         if phase not in self.compiled:
             start = time.perf_counter()
+            trim_after_compiling()
             step = jit_step(self.task, self.tx, self.config, self.train)
             lowered = step.lower(self.train, self.frozen, batch, key, phase)
             self.compiled[phase] = lowered.compile()

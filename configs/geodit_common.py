@@ -54,6 +54,7 @@ def geodit_config(stage: str, arg: str | None) -> tuple[ConfigDict, bool, bool]:
     c.data.val_root = ""
     c.data.val_size = 250  # records of each set, 0 = all
     c.data.side = 0  # pixels of scenes; 0 = what the tower takes
+    c.data.kinds = ()  # scenes: kinds of records in turn, twice = twice as often; () = every kind
     c.data.max_boxes = 2  # scenes: detection asks for objects that come at most so often, 0 = any
     c.data.keep = 2**31  # bytes of decoded pictures that stay in memory
     c.data.on_bad = "refuse"  # refuse | skip records that cannot be used

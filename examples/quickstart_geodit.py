@@ -29,7 +29,7 @@ from configs import geodit_sft
 from data.pipeline import eval_batches, train_batches
 from data.scene_records import SceneRecords
 from geodit_jax.answering import Question
-from geodit_jax.decode_config import DecodeConfig
+from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig
 from geodit_jax.inference import predict_records, responder_of_run
 from geodit_jax.pictures import save_history
 from geodit_jax.scoring.baselines import most_frequent
@@ -37,7 +37,7 @@ from geodit_jax.scoring.score import score_predictions
 from geodit_jax.task import GeoDiTTask
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart_geodit", "Folder of all runs.")
-STEPS = flags.DEFINE_integer("steps", 500, "Training steps of the model that sees.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Training steps of the model that sees.")
 EACH = flags.DEFINE_integer("each", 48, "Test records of each kind.")
 # The score each task is known by: CIDEr-D, accuracy at an overlap of 0.5, mean average precision.
 MAIN = {
@@ -48,6 +48,9 @@ MAIN = {
     "classification": "accuracy",
 }
 KINDS = ("caption", "grounding", "detection", "vqa", "classification")
+# What says most about a picture in few tokens comes most often. Coordinates are many tokens that
+# take long to learn, and as long as they are guessed their gradients hide the others.
+DRAWN = (*("caption", "vqa", "classification") * 2, "grounding", "detection")
 PIPELINE = Pipeline(train_batches, eval_batches)
 SHOWS = """\
 What this shows: the whole path works, and what a model that writes by unmasking learns from
@@ -59,6 +62,9 @@ def run_config(steps: int, blind: bool):
     c = geodit_sft.get_config("size=tiny,data=scenes")
     with c.unlocked():
         c.data.blind, c.data.codec = blind, "int100"
+        c.data.kinds, c.data.size, c.data.text_length = DRAWN, 16384, 72
+        c.train.label_policy = "response_only"
+        c.train.antithetic = c.train.at_least_one = True
         c.batch_size, c.optim.steps = 16, steps
         c.eval.every, c.log.every, c.checkpoint.every = steps, 50, 300
     return c
@@ -73,7 +79,7 @@ def train_model(folder: Path, steps: int, blind: bool) -> float:
     return time.perf_counter() - start
 
 
-def score(folder: Path, name: str, kinds, each: int, decode: DecodeConfig | None = None) -> dict:
+def score(folder: Path, name: str, kinds, each: int, decode: DecodeConfig = TRAINED_HERE) -> dict:
     """{task: main score in percent} of a trained run on unseen scenes."""
     sources = [SceneRecords("test", each, kinds=(kind,), max_boxes=2) for kind in kinds]
     responder = responder_of_run(folder, decode)
@@ -100,7 +106,7 @@ def ablate(folder: Path, each: int) -> list[dict]:
     rows = []
     for remasking in ("low_confidence", "random"):
         for steps in (1, 2, 4, 8, 16):
-            decode = DecodeConfig(steps=steps, remasking=remasking)
+            decode = DecodeConfig(steps=steps, remasking=remasking, banned="none")
             name = f"{remasking}-{steps}"
             found = score(folder, name, ("caption", "classification"), each, decode)
             rows.append({"remasking": remasking, "steps": steps, **found})
@@ -119,7 +125,7 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     start, folder = time.perf_counter(), Path(WORKDIR.value)
     parts = {}
-    for name, steps in (("sees", STEPS.value), ("blind", STEPS.value // 3)):
+    for name, steps in (("sees", STEPS.value), ("blind", STEPS.value // 2)):
         say(f"\n== training: {name}")
         parts[name] = train_model(folder / name, steps, blind=name == "blind")
     table = [

@@ -19,7 +19,7 @@ from common_jax.compiler import jit
 from geodit_jax import llada
 from geodit_jax.chat import NO_TARGET, PLACEHOLDER, SYSTEM, encode_prompt
 from geodit_jax.config import GeoDiTConfig
-from geodit_jax.decode_config import DecodeConfig
+from geodit_jax.decode_config import DecodeConfig, fit_window
 from geodit_jax.image_layout import lay_out
 from geodit_jax.model import encode_images, merge
 from geodit_jax.prompts import Prompts, load_prompts
@@ -123,9 +123,7 @@ class Responder:
             groups.setdefault(shape, []).append(place)
         keys = jax.random.split(jax.random.key(seed), max(len(questions), 1))
         for (window, *_), places in sorted(groups.items()):
-            decode = dataclasses.replace(
-                self.decode, length=window, block=min(self.decode.block, window)
-            )
+            decode = fit_window(self.decode, window)
             for start in range(0, len(places), batch_size):
                 chosen = places[start : start + batch_size]
                 # The last batch is filled up: one more shape would be one more program.

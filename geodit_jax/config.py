@@ -128,8 +128,8 @@ SIZES = {
     ),
     "tiny": _small(
         1024,
-        TextConfig(width=128, layers=4, heads=4, kv_heads=4, mlp=352),
-        TowerConfig(image_size=64, patch=8, width=96, layers=3, heads=4, mlp=256),
+        TextConfig(width=128, layers=3, heads=2, kv_heads=2, mlp=352),
+        TowerConfig(image_size=64, patch=8, width=96, layers=2, heads=4, mlp=256),
     ),
 }
 

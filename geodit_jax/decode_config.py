@@ -106,8 +106,24 @@ class DecodeConfig:
         return self.refresh_every if self.cache == "prefix" else 1
 
 
-def parse_decode(settings: Sequence[str]) -> DecodeConfig:
-    """`["steps=4", "cache=prefix"]` -> DecodeConfig. Raises ValueError naming a wrong setting."""
+def fit_window(decode: DecodeConfig, window: int) -> DecodeConfig:
+    """The same choices for an answer of `window` tokens; steps are rounded up to share by blocks.
+
+    A block longer than the window is the window. Raises ValueError where it does not divide it.
+    """
+    block = min(decode.block, window)
+    blocks = max(1, window // (block or window))
+    steps = -(-decode.steps // blocks) * blocks
+    return dataclasses.replace(decode, length=window, block=block, steps=steps)
+
+
+TRAINED_HERE = DecodeConfig(banned="none", block=8)
+"""For models of this project's training, which fills what an answer leaves of its window with
+end-of-text: forbidden, other tokens would take its place; blocks keep it from coming first."""
+
+
+def parse_decode(settings: Sequence[str], base: DecodeConfig = DecodeConfig()) -> DecodeConfig:
+    """`["steps=4", "cache=prefix"]` -> `base` with these. Raises ValueError naming a wrong one."""
     kinds = {field.name: type(field.default) for field in dataclasses.fields(DecodeConfig)}
     values = {}
     for setting in settings:
@@ -118,7 +134,7 @@ def parse_decode(settings: Sequence[str]) -> DecodeConfig:
             values[name] = text.lower() in ("true", "1", "yes")
         else:
             values[name] = kinds[name](text)
-    return DecodeConfig(**values)
+    return dataclasses.replace(base, **values)
 
 
 def make_quotas(masks: int, steps: int, kind: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from data.record_files import existing_file, read_records
 from geodit_jax.answering import Answer, Question, Responder
 from geodit_jax.boxes import parse_boxes
 from geodit_jax.convert import load_model
-from geodit_jax.decode_config import DecodeConfig
+from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig
 from geodit_jax.instruct import SYSTEMS
 from geodit_jax.pictures import save_boxes, save_history
 from geodit_jax.prompts import Prompts, load_prompts
@@ -41,7 +41,7 @@ def load_responder(folder, decode: DecodeConfig | None = None, *, dtype=jnp.floa
     return Responder(params, config, tokenizer, decode or DecodeConfig(), dtype=dtype, **settings)
 
 
-def responder_of_run(workdir, decode: DecodeConfig | None = None) -> Responder:
+def responder_of_run(workdir, decode: DecodeConfig = TRAINED_HERE) -> Responder:
     """The model that the training in `workdir` exported, asked as it was trained."""
     config = read_config(workdir)
     data = config["data"]

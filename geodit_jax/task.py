@@ -159,10 +159,11 @@ class GeoDiTTask(Task):
         data, tower = self.config.data, self.model.tower
         size = data.val_size if split == "val" else data.size
         if name == "scenes":
+            usual = ("caption",) if self.config.train.stage == "align" else KINDS
             options = {
                 "size": size,
                 "side": data.side or (tower.image_size if tower else 64),
-                "kinds": ("caption",) if self.config.train.stage == "align" else KINDS,
+                "kinds": tuple(data.kinds) or usual,
                 "max_boxes": data.max_boxes,
             }
             return InMemory(open_records(name, split, **options))

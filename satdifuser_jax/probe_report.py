@@ -1,4 +1,4 @@
-"""What a finished probe leaves to look at: figures in the workdir, from the first test images."""
+"""What a finished probe leaves to look at: figures in the workdir, of some test images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from satdifuser_jax import figures
+from satdifuser_jax.cache import Subset
 from satdifuser_jax.preprocess import resize, to_unit
 
 SHOWN = 8
@@ -24,7 +25,7 @@ def write_report(task, params, state, workdir: str) -> list[Path]:
         written.append(
             figures.save_confusion(task.counts["test"], classes, folder / "confusion.png")
         )
-    batch, images = first_examples(task, SHOWN)
+    batch, images = spread_examples(task, SHOWN)
     phase = "dense" if spec.fuser == "moe" else None
     (logits, aux), _ = jax.jit(task.apply, static_argnums=3)(
         params, state, task.encode(batch), phase
@@ -59,13 +60,18 @@ def write_report(task, params, state, workdir: str) -> list[Path]:
     return written
 
 
-def first_examples(task, count: int, split: str = "test"):
-    """(batch as the loop would make it, pictures uint8 [n,S,S,3]) of the first examples."""
+def spread_examples(task, count: int, split: str = "test"):
+    """(batch as the loop would make it, pictures uint8 [n,S,S,3]) of examples from the whole split.
+
+    Splits are often sorted by class: the first examples would all look alike.
+    """
     cached, source = task.cached[split], task.sources[split]
-    batch = next(iter(task.batches(cached, task.transforms(split))))
-    count = min(count, int(np.asarray(batch["mask"]).sum()))
-    batch = {k: v[:count] for k, v in batch.items() if v.dtype.kind in "biufV"}
-    images = [fit_picture(source[i]["image"], task.side) for i in range(count)]
+    rows = np.linspace(0, len(cached) - 1, min(count, len(cached))).round().astype(int)
+    batch = next(iter(task.batches(Subset(cached, rows), task.transforms(split))))
+    rows = rows[: int(np.asarray(batch["mask"]).sum())]  # a batch may be smaller than `count`
+    batch = {k: v[: len(rows)] for k, v in batch.items() if v.dtype.kind in "biufV"}
+    batch["index"] = rows.astype(batch["index"].dtype)
+    images = [fit_picture(source[int(i)]["image"], task.side) for i in rows]
     return batch, np.stack(images)
 
 

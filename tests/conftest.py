@@ -28,8 +28,27 @@ from absl import flags
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 GOLDEN_DIR = os.environ.get("GOLDEN_DIR")
+# Files that take longest, to be started first: then no worker waits long for the last of another.
+LONGEST = [
+    "test_probe",
+    "test_pretrain",
+    "test_distributed",
+    "test_geodit_task",
+    "test_extract",
+    "test_heads",
+    "test_unet",
+    "test_train_loop",
+    "test_sampler",
+    "test_launch",
+    "test_answering",
+]
 OWN_GOLDEN = Path(__file__).parent / "golden"  # made by make_golden.py
 EO_DATA_DIR = os.environ.get("EO_DATA_DIR")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def xla_flags(devices: int) -> str:

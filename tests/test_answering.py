@@ -8,7 +8,7 @@ from PIL import Image
 
 from geodit_jax.answering import Answer, Question, Responder
 from geodit_jax.config import GeoDiTConfig, TextConfig, TokenIds, TowerConfig
-from geodit_jax.decode_config import DecodeConfig, parse_decode
+from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig, parse_decode
 from geodit_jax.inference import score_records
 from geodit_jax.model import init_model
 from geodit_jax.pictures import save_boxes, save_history
@@ -81,6 +81,7 @@ def test_decoder_settings_of_the_command_line_are_read_or_named():
     assert parse_decode(["steps=4", "cache=prefix", "stop=false"]) == DecodeConfig(
         steps=4, cache="prefix", stop=False
     )
+    assert parse_decode(["steps=4"], TRAINED_HERE) == DecodeConfig(steps=4, banned="none", block=8)
     with pytest.raises(ValueError, match="'speed=9': use NAME=VALUE of length, steps"):
         parse_decode(["speed=9"])
 

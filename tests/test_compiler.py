@@ -49,3 +49,15 @@ def test_jit_works_outside_and_inside_other_programs():
     np.testing.assert_allclose(jax.vmap(lambda x: raise_to(x, power=2))(x), x**2)
     assert jax.eval_shape(lambda x: raise_to(x, power=2), x).shape == (3,)
     assert raise_to.__doc__ == "Docs stay."
+
+
+def test_memory_of_a_long_compilation_is_given_back(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(compiler, "release_freed_memory", lambda: given_back.append(True))
+    compiler.trim_after_compiling()
+    monkeypatch.setattr(compiler, "LONG", 1e9)
+    jax.jit(lambda x: x * 3 + 1)(1.0)
+    assert not given_back
+    monkeypatch.setattr(compiler, "LONG", 0.0)
+    jax.jit(lambda x: x * 3 + 2)(1.0)
+    assert given_back

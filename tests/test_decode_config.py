@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from text_cores import IDS
 
-from geodit_jax.decode_config import DecodeConfig, forbidden_ids, make_quotas
+from geodit_jax.decode_config import DecodeConfig, fit_window, forbidden_ids, make_quotas
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,17 @@ def test_mask_and_rows_without_a_token_are_forbidden_whatever_is_banned():
     for banned, more in names.items():
         assert set(np.flatnonzero(forbidden_ids(48, IDS, banned))) == always | more
     assert IDS.eot not in IDS.banned  # the one way to end an answer
+
+
+def test_a_decoder_fits_every_window_and_blocks_share_its_steps():
+    decode = DecodeConfig(steps=8, block=8)
+    found = [fit_window(decode, window) for window in (4, 8, 32, 40)]
+    assert [(d.length, d.block, d.steps, d.block_steps) for d in found] == [
+        (4, 4, 8, 4),
+        (8, 8, 8, 8),
+        (32, 8, 8, 2),
+        (40, 8, 10, 2),
+    ]
+    assert fit_window(DecodeConfig(), 12) == DecodeConfig(length=12)
+    with pytest.raises(ValueError, match="block=8 does not divide length=12"):
+        fit_window(decode, 12)

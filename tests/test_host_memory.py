@@ -49,3 +49,11 @@ def test_nothing_happens_where_there_is_no_such_switch(tmp_path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     host_memory.use_huge_pages()
     assert "GLIBC_TUNABLES" not in os.environ
+
+
+def test_freed_memory_can_be_given_back_on_any_system(monkeypatch):
+    host_memory.release_freed_memory()
+    monkeypatch.setattr(
+        host_memory.ctypes, "CDLL", lambda name: object()
+    )  # a libc that is not glibc
+    host_memory.release_freed_memory()

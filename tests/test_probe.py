@@ -20,6 +20,8 @@ def probe(workdir, arg="tiny", **changes):
 
 def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
     settings = {"model.mode": "inversion", "model.timesteps": (), "optim.lr": 1e-3}
+    settings["model.save_timesteps"] = (48, 47)  # three calls of the network
+    settings["model.layers"] = {"up_blocks": {"attn1": "all"}}
     runs = {
         kind: (probe(tmp_path / kind, **{"data.cache": kind, **settings}), losses(tmp_path / kind))
         for kind in ("none", "latents", "taps")
@@ -62,10 +64,17 @@ def test_a_linear_probe_learns_the_scenes_better_than_chance(tmp_path):
     assert results["eval/test/accuracy"] > 2.5 / 8
 
 
-def test_few_labels_use_the_cache_of_all_pictures(tmp_path, capfd):
-    probe(tmp_path / "all")
-    capfd.readouterr()
-    probe(tmp_path / "few", **{"data.label_fraction": 0.5, "optim.steps": 1, "eval.every": 1})
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Workdir of a finished run; its cache lies beside it."""
+    workdir = tmp_path_factory.mktemp("probe") / "plain"
+    probe(workdir)
+    return workdir
+
+
+def test_few_labels_use_the_cache_of_all_pictures(plain, capfd):
+    few = {"data.label_fraction": 0.5, "optim.steps": 1, "eval.every": 1}
+    probe(plain.parent / "few", **few)
     assert "taps cache:" not in capfd.readouterr().err
 
 
@@ -74,8 +83,7 @@ def test_augmentation_refuses_a_cache(tmp_path):
         probe(tmp_path / "x", **{"data.augment": "published"})
 
 
-def test_metadata_of_the_record_changes_the_features(tmp_path):
-    plain = probe(tmp_path / "none", **{"optim.steps": 1, "eval.every": 1})
-    probe(tmp_path / "record", **{"model.metadata": "record", "optim.steps": 1, "eval.every": 1})
-    assert plain["step"] == 1
-    assert losses(tmp_path / "none") != losses(tmp_path / "record")
+def test_metadata_of_the_record_changes_the_features(plain):
+    record = {"model.metadata": "record", "optim.steps": 1, "eval.every": 1}
+    assert probe(plain.parent / "record", **record)["step"] == 1
+    assert losses(plain.parent / "record")[1] != losses(plain)[1]
