@@ -125,8 +125,8 @@ def run_case(system: str, case: str, steps: int, folder: Path) -> dict:
     """Losses and gradient norms of one run, and what was exchanged where that is known."""
     count, devices, _ = CASES[case]
     workdir, port = folder / system / case.replace(" ", "_"), find_port()
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     processes = []
     for process in range(count):
         inner = json.dumps([system, case, steps, str(workdir), [port, process, count]])

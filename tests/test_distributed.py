@@ -105,6 +105,11 @@ def assert_same_run(one: dict, other: dict) -> None:
     assert one["results"] == other["results"]
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return run_alone(tmp_path_factory.mktemp("whole"))
@@ -113,9 +118,8 @@ def whole(tmp_path_factory):
 def test_a_run_of_two_processes_survives_kill_and_sigterm_of_either(whole, tmp_path):
     """kill -9 and SIGTERM of each process at random steps; it ends on one process as if nothing."""
     rng = np.random.default_rng(0)
-    at = 0
     for what, process in (("kill", 1), ("term", 0), ("kill", 0), ("term", 1)):
-        step = int(rng.integers(2, 5))
+        step, saved = int(rng.integers(2, 5)), saved_steps(tmp_path)
         ended = run_hosts(2, tmp_path, SETTINGS, {process: (what, step)})
         told = "\n".join(ended.errors)
         if what == "term":
@@ -125,9 +129,10 @@ def test_a_run_of_two_processes_survives_kill_and_sigterm_of_either(whole, tmp_p
             # Without process 0 JAX may abort the other before it can speak.
             lost = (LostHostError.status, -6) if process == 0 else (LostHostError.status,)
             assert ended.statuses[process] == -9 and ended.statuses[1 - process] in lost, told
-        assert ("continuing at" if at else "starting at") in told
-        at += step
+        # The save before a kill may have been cut off too: what was whole counts.
+        assert (f"continuing at step {saved[-1]} of" if saved else "starting at step 0") in told
         assert "host 0/2 (" in ended.errors[0] and "host 1/2 (" in ended.errors[1]
+        assert what == "kill" or saved_steps(tmp_path)
     assert_same_run(run_alone(tmp_path), whole)
 
 
@@ -139,14 +144,16 @@ def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_pa
     assert ended.statuses[0] == LostHostError.status, ended.errors[0]
     assert "a process of this run is gone, or failed, in" in ended.errors[0]
     told = ended.errors[1]
-    assert re.search(r"no progress for \d s at step \d: host 0/2 \(.*\) is in step of", told), told
+    # In step of: it sleeps there. Silent: on a busy machine its watch does not run either.
+    named = r"no progress for \d+ s at step \d+: host 0/2 \(.*\) is (in step of|silent since)"
+    assert re.search(named, told), told
     assert_same_run(run_alone(tmp_path), whole)
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(whole, tmp_path):
     """One of two cannot read the newest; then four go on where the two were stopped."""
     assert run_hosts(2, tmp_path, SETTINGS, {0: ("term", 7)}).statuses == [PREEMPTED] * 2
-    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    steps = saved_steps(tmp_path)
     ended = run_hosts(2, tmp_path, SETTINGS, {0: ("term", 5), 1: ("blind", 0)})
     assert ended.statuses == [PREEMPTED] * 2, ended.errors
     assert (
