@@ -90,6 +90,9 @@ def join_processes(
             f"found {given}; under SLURM, Kubernetes and on TPU pods leave all three out"
         )
     if cluster:
+        where = coordinator or "as detected"
+        waits = f"joining the other processes ({cluster}; coordinator {where}), up to {seconds} s"
+        print(waits, file=sys.stderr, flush=True)  # JAX itself may end a process that waits in vain
         try:
             jax.distributed.initialize(
                 *given,
@@ -101,8 +104,8 @@ def join_processes(
         except (RuntimeError, ValueError, OSError) as error:
             raise JoinError(
                 f"{socket.gethostname()} did not find the other processes ({cluster}; coordinator "
-                f"{coordinator or 'as detected'}, waited up to {seconds} s): {error}. Are all of "
-                "them started, is the port open? --num_processes=1 runs without the others"
+                f"{where}, waited up to {seconds} s): {error}. Are all of them started, is the "
+                "port open? --num_processes=1 runs without the others"
             ) from error
     print(describe_place(cluster), file=sys.stderr, flush=True)
 

@@ -37,7 +37,7 @@ class StallWatch:
             threading.Thread(target=self.watch, daemon=True, name="stall-watch").start()
 
     def at(self, step: int, doing: str) -> None:
-        """This process is at `step`, `doing` something: data, step, evaluation, checkpoint."""
+        """This process is at `step`, `doing` something: data, encoding, step, ..."""
         self.step, self.doing, self.since = step, doing, time.time()
 
     def watch(self) -> None:

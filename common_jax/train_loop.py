@@ -8,6 +8,7 @@ Several processes run it in step: whatever decides the way through the loop is t
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
@@ -43,6 +44,13 @@ class LostHostError(RuntimeError):
     """Another process of this run ended or failed. `status` is the exit status: run again."""
 
     status = 69  # EX_UNAVAILABLE
+
+
+def is_from_runtime(error: Exception) -> bool:
+    """Whether a device or another process failed; reading an array reports it as ValueError."""
+    statuses = "UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
+    is_runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    return is_runtime or bool(re.match(f"({statuses}): ", str(error)))
 
 
 class Pipeline(NamedTuple):
@@ -220,9 +228,10 @@ class Run:
             waited = time.perf_counter()
             batch = put_batch(next(batches), self.mesh)
             self.lap.waited += time.perf_counter() - waited
-            self.watch.at(self.step, "step")
+            self.watch.at(self.step, "encoding")
             batch = self.task.encode(batch)
             program = self.compile(batch, key, self.task.phase(self.step))
+            self.watch.at(self.step, "step")
             self.train, metrics = program(self.train, self.frozen, batch, key)
             self.step += 1
             self.profile.at(self.step, metrics)
@@ -317,8 +326,8 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
         run.finish(started)
         say(f"done: {run.folder}")
         return 0
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not is_from_runtime(error):
             raise
         raise LostHostError(
             f"a process of this run is gone, or failed, in {run.watch.doing} of step {run.step}: "

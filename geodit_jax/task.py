@@ -47,6 +47,7 @@ STAGES = {"align": r"^projector/", "sft": ".*", "pretrain": r"^core/"}
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Validation looks at the same times and masks every time, so that its loss is smooth."""
 MOST_TEXTS = 20_000  # records whose texts a new tokenizer is made from
+SCENE_KINDS = {"align": ("caption",)}  # of scenes as records, where a stage wants not all
 SCENES = 300  # the same for scenes, which give all their texts at once
 
 
@@ -159,11 +160,10 @@ class GeoDiTTask(Task):
         data, tower = self.config.data, self.model.tower
         size = data.val_size if split == "val" else data.size
         if name == "scenes":
-            usual = ("caption",) if self.config.train.stage == "align" else KINDS
             options = {
                 "size": size,
                 "side": data.side or (tower.image_size if tower else 64),
-                "kinds": tuple(data.kinds) or usual,
+                "kinds": tuple(data.kinds) or SCENE_KINDS.get(self.config.train.stage, KINDS),
                 "max_boxes": data.max_boxes,
             }
             return InMemory(open_records(name, split, **options))
@@ -313,8 +313,7 @@ class GeoDiTTask(Task):
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save(folder)
             source = model.tokenizer or model.weights or folder
-            merged = merge_adapters(params)
-            export_model(out, merged, self.model, source, dtype=self.dtype)
+            export_model(out, merge_adapters(params), self.model, source, dtype=self.dtype)
 
 
 def _cast(tree, dtype):

@@ -144,8 +144,8 @@ def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_pa
     assert ended.statuses[0] == LostHostError.status, ended.errors[0]
     assert "a process of this run is gone, or failed, in" in ended.errors[0]
     told = ended.errors[1]
-    # In step of: it sleeps there. Silent: on a busy machine its watch does not run either.
-    named = r"no progress for \d+ s at step \d+: host 0/2 \(.*\) is (in step of|silent since)"
+    # Silent: on a busy machine its watch does not run either.
+    named = r"no progress for \d+ s at step \d+: host 0/2 \(.*\) is (in encoding of|silent since)"
     assert re.search(named, told), told
     assert_same_run(run_alone(tmp_path), whole)
 

@@ -165,5 +165,5 @@ def test_eight_devices_give_the_steps_of_one_on_every_mesh():
         assert errors["loss"] < 1e-5, name
         assert errors["grad_norm"] < 1e-4, name
         assert errors["moved"] < 1e-4, name
-        assert errors["fell"] < 0.999, name  # the steps did something
+        assert errors["fell"] < 0.9995, name  # the steps did something
         assert errors["share"] < (0.35 if "unet" in name else 0.3), name

@@ -120,7 +120,7 @@ def test_the_steps_of_a_run_are_compiled_from_shapes():
     assert train.arguments == bytes_per_device((state, batch)) + 8
     assert bytes_per_device(frozen) > 0
     assert train.temporary > 0 and train.total >= train.arguments
-    assert twice.cost.flops == 2 * (8 * 2 * 2) * 2
+    assert twice.cost.flops == 2 * (8 * 2 * 2) * 2 / mesh.size
     assert (train.count, twice.count) == (1, 3)
     assert scored.cost.flops < train.cost.flops
     with pytest.raises(ValueError, match="'decode' is not one of train, eval, twice"):

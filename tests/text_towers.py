@@ -15,7 +15,7 @@ SMALL = TextConfig(
     intermediate_size=16,
     num_hidden_layers=1,
     num_attention_heads=2,
-    max_position_embeddings=8,
+    max_position_embeddings=77,  # what every tokenizer pads to
 )
 
 
