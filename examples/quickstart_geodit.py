@@ -9,6 +9,7 @@ decoding steps and what is masked again, and draws how one caption came about.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -106,7 +107,7 @@ def ablate(folder: Path, each: int) -> list[dict]:
     rows = []
     for remasking in ("low_confidence", "random"):
         for steps in (1, 2, 4, 8, 16):
-            decode = DecodeConfig(steps=steps, remasking=remasking, banned="none")
+            decode = dataclasses.replace(TRAINED_HERE, steps=steps, remasking=remasking)
             name = f"{remasking}-{steps}"
             found = score(folder, name, ("caption", "classification"), each, decode)
             rows.append({"remasking": remasking, "steps": steps, **found})

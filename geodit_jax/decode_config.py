@@ -117,9 +117,9 @@ def fit_window(decode: DecodeConfig, window: int) -> DecodeConfig:
     return dataclasses.replace(decode, length=window, block=block, steps=steps)
 
 
-TRAINED_HERE = DecodeConfig(banned="none", block=8)
+TRAINED_HERE = DecodeConfig(banned="none")
 """For models of this project's training, which fills what an answer leaves of its window with
-end-of-text: forbidden, other tokens would take its place; blocks keep it from coming first."""
+end-of-text: were it forbidden, other tokens would take its place."""
 
 
 def parse_decode(settings: Sequence[str], base: DecodeConfig = DecodeConfig()) -> DecodeConfig:

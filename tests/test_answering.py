@@ -81,7 +81,7 @@ def test_decoder_settings_of_the_command_line_are_read_or_named():
     assert parse_decode(["steps=4", "cache=prefix", "stop=false"]) == DecodeConfig(
         steps=4, cache="prefix", stop=False
     )
-    assert parse_decode(["steps=4"], TRAINED_HERE) == DecodeConfig(steps=4, banned="none", block=8)
+    assert parse_decode(["steps=4"], TRAINED_HERE) == DecodeConfig(steps=4, banned="none")
     with pytest.raises(ValueError, match="'speed=9': use NAME=VALUE of length, steps"):
         parse_decode(["speed=9"])
 
