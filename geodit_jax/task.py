@@ -47,8 +47,8 @@ STAGES = {"align": r"^projector/", "sft": ".*", "pretrain": r"^core/"}
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Validation looks at the same times and masks every time, so that its loss is smooth."""
 MOST_TEXTS = 20_000  # records whose texts a new tokenizer is made from
-SCENE_KINDS = {"align": ("caption",)}  # of scenes as records, where a stage wants not all
 SCENES = 300  # the same for scenes, which give all their texts at once
+SCENE_KINDS = {"align": ("caption",)}  # of scenes as records, where a stage wants not all
 
 
 class GeoDiTTask(Task):
