@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from common_jax.hlo_flops import convolution_flops, dot_flops
+
 ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}  # others: the digits are bits
 COLLECTIVES = (
     "all-gather",
@@ -222,14 +224,11 @@ def _trips(computations, loop: Instruction) -> float | None:
 def _flops(computation: Computation, made: Instruction) -> float:
     if made.opcode not in ("dot", "convolution") or len(made.operands) < 2:
         return 0.0
-    shapes = [computation.instructions[name].shapes[0].dims for name in made.operands[:2]]
-    out = math.prod(made.shapes[0].dims)
+    left, right = (computation.instructions[name].shapes[0].dims for name in made.operands[:2])
+    out = made.shapes[0].dims
     if made.opcode == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", made.rest)
-        contracted = math.prod(shapes[0][int(a)] for a in axes[1].split(",") if a) if axes else 1
-        return 2.0 * out * contracted
-    labels = re.search(r"dim_labels=\w+_(\w+)->", made.rest)
-    return 2.0 * out * math.prod(shapes[1]) / shapes[1][labels[1].index("o")]
+        return dot_flops(left, out, made.rest)
+    return convolution_flops(left, right, out, made.rest)
 
 
 def _moved(computations, computation: Computation, made: Instruction) -> float:
