@@ -114,7 +114,7 @@ def _describe_slice(topology: str) -> Sequence:
         told = str(error).splitlines()[0]
         raise ImportError(
             f"--topology={topology}: the TPU compiler is not available ({told}). Install the extra "
-            "tpu-plan (libtpu), and look whether a TPU slice of this shape exists"
+            "tpu-plan (libtpu); plan one slice at a time; look whether a slice of this shape exists"
         ) from error
 
 
@@ -126,7 +126,10 @@ def lay_out_mesh(machine: Machine, mesh):
     rest = math.prod(size for size in sizes if size != -1)
     sizes = [machine.count // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != machine.count:
-        raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not cover {machine.count} devices")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} does not cover {machine.count} devices; choose --mesh "
+            "sizes whose product is that number"
+        )
     return AbstractMesh(tuple(sizes), AXES)
 
 
