@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from common_jax.hlo_flops import convolution_flops, dot_flops
+from common_jax.hlo_text import Computation, Instruction, Shape, parse, read_group
 
-ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}  # others: the digits are bits
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -29,42 +27,9 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 FREE |= {"call", "after-all", "partition-id", "replica-id", "async-start", "async-update"}
 FREE |= {"optimization-barrier", "add-dependency"}
 SLICES = ("dynamic-slice", "gather", "slice")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _EITHER = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.\-]+)")
-_PART = re.compile(r"'(\w+)':\((\d+)\)(\d+)")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Array of one device. fast: in a memory beside the core (TPU: VMEM, SMEM), not in HBM."""
-
-    dims: tuple[int, ...]
-    bytes: float
-    fast: bool
-
-
-@dataclass
-class Instruction:
-    name: str
-    opcode: str
-    shapes: list[Shape]  # of the result, tuples flattened
-    operands: list[str]
-    rest: str  # attributes
-    is_root: bool
-
-
-@dataclass
-class Computation:
-    name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
-    times: float = 0.0  # it runs in one run of the program
-    is_inner: bool = False  # of a fusion or a reduction: its values never reach memory
-
-    @property
-    def root(self) -> Instruction:
-        return next(i for i in self.instructions.values() if i.is_root)
 
 
 @dataclass(frozen=True)
@@ -96,13 +61,14 @@ def read_program(text: str) -> Cost:
     open_loops = _count_runs(computations)
     flops = moved = 0.0
     found: dict[tuple, list[float]] = {}
+    known = set()
     for computation in computations.values():
         for made in computation.instructions.values():
             flops += computation.times * _flops(computation, made)
             if not computation.is_inner:
                 moved += computation.times * _moved(computations, computation, made)
             kind = made.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not _is_repeated(computation, made, known):
                 kind, group, sent = _exchange(computation, made, kind)
                 total = found.setdefault((kind, group), [0.0, 0.0])
                 total[0] += computation.times
@@ -113,75 +79,6 @@ def read_program(text: str) -> Cost:
         if count and len(group) > 1
     )
     return Cost(flops, moved, collectives, open_loops)
-
-
-# ------------------------------------------------------------------------------------------ text
-def parse(text: str) -> dict[str, Computation]:
-    """Computations by name, in the order of the text: callees stand before callers."""
-    computations, current = {}, None
-    for line in text.splitlines():
-        stripped = line.strip()
-        if current is None:
-            head = re.match(r"(?:ENTRY )?%?([\w.\-]+) (?:\(|\{).*\{$", stripped)
-            if head and " = " not in stripped.split("{")[0]:
-                current = Computation(head[1], times=float(stripped.startswith("ENTRY ")))
-                computations[current.name] = current
-        elif stripped == "}":
-            current = None
-        else:
-            made = parse_instruction(stripped)
-            if made:
-                current.instructions[made.name] = made
-    return computations
-
-
-def parse_instruction(line: str) -> Instruction | None:
-    """`ROOT %name = type opcode(operands), attributes`; None for any other line."""
-    head = re.match(r"(ROOT )?%?([\w.\-]+) = ", line)
-    if not head:
-        return None
-    rest = line[head.end() :]
-    end = _close(rest, 0) if rest.startswith("(") else rest.index(" ")
-    kind, after = rest[:end], rest[end:].strip()
-    opcode = re.match(r"([\w\-]+)\(", after)
-    if not opcode:
-        return None
-    close = _close(after, opcode.end() - 1)
-    inside = after[opcode.end() : close - 1]
-    # A constant's and a parameter's parentheses hold a value, which `rest` keeps.
-    is_value = opcode[1] in ("constant", "parameter")
-    operands = [] if is_value else re.findall(r"%([\w.\-]+)", inside)
-    return Instruction(
-        head[2],
-        opcode[1],
-        parse_shapes(kind),
-        operands,
-        inside if is_value else after[close:],
-        bool(head[1]),
-    )
-
-
-def parse_shapes(text: str) -> list[Shape]:
-    found = []
-    for kind, dims, layout in _SHAPE.findall(text):
-        sizes = tuple(int(d) for d in dims.split(",") if d)
-        item = ITEM_BYTES.get(kind)
-        if item is None:
-            item = int(re.search(r"\d+", kind)[0]) / 8 if re.search(r"\d", kind) else 0
-        found.append(
-            Shape(sizes, math.prod(sizes) * item, re.search(r"S\([1-9]\)", layout) is not None)
-        )
-    return found
-
-
-def _close(text: str, start: int) -> int:
-    """Place behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if not depth:
-            return place + 1
-    return len(text)
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -204,6 +101,8 @@ def _count_runs(computations: dict[str, Computation]) -> int:
                     callee = computations[name]
                     callee.times += caller.times * times
                     is_applied = "to_apply=" in made.rest and made.opcode != "call"
+                    if made.opcode == "fusion":
+                        callee.caller = caller.name
                     callee.is_inner |= caller.is_inner or made.opcode == "fusion" or is_applied
     return open_loops
 
@@ -252,6 +151,10 @@ def _moved(computations, computation: Computation, made: Instruction) -> float:
     if made.opcode != "fusion" or not called or called[1] not in computations:
         return sum(read) + written
     inner = computations[called[1]].instructions
+    passed = _passed_on(inner, made)
+    for place in passed.values():
+        read[place] = 0.0
+    written -= sum(_hbm(made.shapes[place : place + 1]) for place in passed)
     for place, names in _parameters(inner).items():
         if place < len(read):
             read[place] = min(read[place], _read_of(inner, names))
@@ -263,6 +166,17 @@ def _moved(computations, computation: Computation, made: Instruction) -> float:
         written -= min(whole, written)
         written += sum(i.bytes for u in updates for i in inner[u.operands[1]].shapes)
     return sum(read) + written
+
+
+def _passed_on(inner, made: Instruction) -> dict[int, int]:
+    """{result: operand} that a fusion hands on untouched to the rest of an exchange."""
+    if not any(i.opcode in COLLECTIVES for i in inner.values()):
+        return {}
+    aliases = re.search(
+        r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\d*\}\)[, ]*)*)\}", made.rest
+    )
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliases[1]) if aliases else []
+    return {int(result or 0): int(operand) for result, operand in pairs}
 
 
 def _hbm(shapes: list[Shape]) -> float:
@@ -298,6 +212,21 @@ def _read_of(inner, names: list[str]) -> float:
     return total
 
 
+def _is_repeated(computation: Computation, made: Instruction, known: set) -> bool:
+    """Whether `known` has this exchange already; else it is put there.
+
+    A TPU program spreads an exchange over several fusions, from its start through products that
+    run meanwhile to its end, and every one of them has its text.
+    """
+    channel = re.search(r"channel_id=(\d+)", made.rest)
+    if not channel:
+        return False
+    place = (computation.caller or computation.name, channel[1])
+    repeated = place in known
+    known.add(place)
+    return repeated
+
+
 def _exchange(computation: Computation, made: Instruction, kind: str):
     """(kind, places of the first group, bytes that a device sends) of a collective."""
     size = sum(
@@ -314,33 +243,3 @@ def _exchange(computation: Computation, made: Instruction, kind: str):
     share = {"all-gather": ways - 1, "all-reduce": 2 * (ways - 1) / ways}
     share |= dict.fromkeys(("collective-permute", "collective-broadcast"), 1)
     return kind, group, size * share.get(kind, (ways - 1) / ways)
-
-
-def read_group(text: str) -> tuple[int, ...]:
-    """The first group of devices in the attributes of a collective; all it may name if none."""
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if iota:
-        groups, dims, turned = (
-            [int(x) for x in part.split(",")] if part else None for part in iota.groups()
-        )
-        places = np.arange(math.prod(dims)).reshape(dims)
-        places = places.transpose(turned) if turned else places
-        return tuple(int(x) for x in places.reshape(groups)[0])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
-    if named:
-        return _group_of_axes(*named.groups())
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", text)
-    return tuple(int(x) for x in listed[1].split(",") if x) if listed else ()
-
-
-def _group_of_axes(mesh: str, along: str) -> tuple[int, ...]:
-    """Group 0 of `'a'=2,'b'=4` along `'b'`, or along a part of it, `'b':(before)size`."""
-    sizes, names = [], []
-    parts = {name: (int(before), int(size)) for name, before, size in _PART.findall(along)}
-    whole = set(re.findall(r"'(\w+)'(?!:)", along))
-    for name, length in re.findall(r"'(\w+)'=(\d+)", mesh):
-        before, size = parts.get(name, (1, int(length)))
-        sizes += [before, size, int(length) // (before * size)]
-        names += [None, name if name in whole | parts.keys() else None, None]
-    places = np.arange(math.prod(sizes)).reshape(sizes)
-    return tuple(int(x) for x in places[tuple(slice(None) if n else 0 for n in names)].flat)

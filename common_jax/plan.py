@@ -207,11 +207,11 @@ def describe_program(machine: Machine, mesh, task: Task, compiled: Compiled) -> 
     limit = f" of {human_bytes(machine.chip.hbm)}" if machine.chip else ""
     lines = [
         f"{compiled.name}{times} (compiled in {compiled.seconds:.0f} s): "
-        f"{human_bytes(compiled.total)}{limit} a chip"
+        f"{human_bytes(compiled.peak)}{limit} a chip"
     ]
     rows = state_rows(task, mesh) if compiled.name == "train" else []
     rows = rows or [("weights and batch", compiled.arguments)]
-    rows.append(("activations and workspace", compiled.temporary + compiled.made))
+    rows.append(("activations and workspace", compiled.peak - compiled.arguments))
     lines += [f"  {name:<28}{human_bytes(size):>12}" for name, size in rows]
     cost = compiled.cost
     if cost.collectives:
@@ -305,7 +305,7 @@ def neighbours(config, machine: Machine) -> Iterator[dict]:
 def describe_fit(changes: dict, compiled: Compiled | None) -> str:
     if compiled is None:
         return f"  nothing near it fits, not even {_list(changes)}; take more chips, or larger ones"
-    return f"  fits with {_list(changes)}: {human_bytes(compiled.total)} a chip"
+    return f"  fits with {_list(changes)}: {human_bytes(compiled.peak)} a chip"
 
 
 def _list(changes: dict) -> str:

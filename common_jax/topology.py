@@ -37,7 +37,7 @@ HERE = "here"
 
 
 class OutOfMemoryError(RuntimeError):
-    """The compiler refused a program: bytes it needs and bytes a chip has."""
+    """The compiler refused a program: bytes it needs and bytes that a chip has for programs."""
 
     def __init__(self, used: float, limit: float):
         super().__init__(f"needs {used / GIB:.1f} GiB of {limit / GIB:.1f} GiB a chip")
@@ -58,21 +58,16 @@ class Machine:
 class Compiled:
     """A program of one device: bytes while it runs, its cost, seconds of compilation.
 
-    arguments: state, weights and batch. temporary: activations, gradients, workspace. made: outputs
-    that take no argument's place. count: how often a step runs it.
+    arguments: state, weights and batch. peak: the most that is held at once, arguments included.
+    count: how often a step runs it.
     """
 
     name: str
     arguments: int
-    temporary: int
-    made: int
+    peak: int
     cost: Cost
     seconds: float
     count: int
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporary + self.made
 
 
 def find_machine(topology: str, mesh) -> Machine:
@@ -196,15 +191,8 @@ def compile_program(task: Task, mesh, name: str) -> Compiled:
     compiled = _compile(lowered)
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), read_program(compiled.as_text())
-    return Compiled(
-        name,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        cost,
-        seconds,
-        count,
-    )
+    arguments = memory.argument_size_in_bytes
+    return Compiled(name, arguments, memory.peak_memory_in_bytes, cost, seconds, count)
 
 
 def _lower_train(task: Task, sketch: Sketch, mesh):
@@ -234,11 +222,12 @@ def _compile(lowered):
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+        told = r"Used {0} of {0} hbm|temporaries \({0}\) exceeds available HBM \({0}\)"
+        found = re.search(told.format(r"([\d.]+[KMG])"), str(error))
         if not found:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-        used, limit = (float(found[i]) * unit[found[i + 1]] for i in (1, 3))
+        used, limit = (float(size[:-1]) * unit[size[-1]] for size in found.groups() if size)
         raise OutOfMemoryError(used, limit) from error
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from common_jax.flops import count_flops
-from common_jax.hlo import parse_instruction, parse_shapes, read_group, read_program
+from common_jax.hlo import read_program
+from common_jax.hlo_text import parse_instruction, parse_shapes, read_group
 
 # ruff: noqa: E501
 LOOP = """
@@ -143,3 +144,52 @@ def test_bytes_without_loops_are_those_that_the_compiler_counts():
     compiled = jax.jit(run).lower(jnp.ones((64, 32)), jnp.ones((32, 48))).compile()
     counted = compiled.cost_analysis()["bytes accessed"]
     assert read_program(compiled.as_text()).hbm_bytes == pytest.approx(counted, rel=0.05)
+
+
+SPREAD = """
+HloModule jit_step, num_partitions=4
+
+%begin (a0: bf16[16,32]) -> (bf16[16,32], bf16[64,32]) {
+  %a0 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %all-gather.1 = bf16[64,32]{1,0:T(8,128)} all-gather(%a0), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %custom-call.1 = (bf16[16,32]{1,0:T(8,128)}, bf16[64,32]{1,0:T(8,128)}) custom-call(%a0, %all-gather.1)
+}
+
+%meanwhile (b0: bf16[16,32], b1: bf16[64,32], b2: f32[8,16]) -> (f32[8,8], bf16[16,32], bf16[64,32]) {
+  %b0 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %b1 = bf16[64,32]{1,0:T(8,128)} parameter(1)
+  %b2 = f32[8,16]{1,0:T(8,128)} parameter(2)
+  %all-gather.2 = bf16[64,32]{1,0:T(8,128)} all-gather(%b0), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+  %product = f32[8,8]{1,0:T(8,128)} dot(%b2, %b2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %custom-call.2 = (f32[8,8]{1,0:T(8,128)}, bf16[16,32]{1,0:T(8,128)}, bf16[64,32]{1,0:T(8,128)}) custom-call(%product, %b0, %b1, %all-gather.2)
+}
+
+%end (c0: bf16[16,32], c1: bf16[64,32]) -> bf16[64,32] {
+  %c0 = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %c1 = bf16[64,32]{1,0:T(8,128)} parameter(1)
+  %all-gather.3 = bf16[64,32]{1,0:T(8,128)} all-gather(%c0), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %custom-call.3 = bf16[64,32]{1,0:T(8,128)} custom-call(%c0, %c1, %all-gather.3)
+}
+
+ENTRY %main (w: bf16[16,32], x: f32[8,16]) -> bf16[64,32] {
+  %w = bf16[16,32]{1,0:T(8,128)} parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %start = (bf16[16,32]{1,0:T(8,128)}, bf16[64,32]{1,0:T(8,128)}) fusion(%w), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %s0 = bf16[16,32]{1,0:T(8,128)} get-tuple-element(%start), index=0
+  %s1 = bf16[64,32]{1,0:T(8,128)} get-tuple-element(%start), index=1
+  %work = (f32[8,8]{1,0:T(8,128)}, bf16[16,32]{1,0:T(8,128)}, bf16[64,32]{1,0:T(8,128)}) fusion(%s0, %s1, %x), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%meanwhile
+  %w0 = bf16[16,32]{1,0:T(8,128)} get-tuple-element(%work), index=1
+  %w1 = bf16[64,32]{1,0:T(8,128)} get-tuple-element(%work), index=2
+  ROOT %done = bf16[64,32]{1,0:T(8,128)} fusion(%w0, %w1), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""
+
+
+def test_an_exchange_spread_over_fusions_counts_once():
+    cost = read_program(SPREAD)
+    (gather,) = cost.collectives
+    shard, whole = 16 * 32 * 2, 64 * 32 * 2
+    assert (gather.count, gather.bytes) == (1, 3 * shard)
+    assert cost.flops == 2 * 8 * 8 * 16
+    # What arrives is written once, and the product in between reads and writes its own.
+    assert cost.hbm_bytes == whole + (8 * 16 + 8 * 8) * 4 + shard

@@ -68,14 +68,14 @@ def test_the_nearest_settings_keep_the_batch_as_long_as_they_can():
 def test_the_nearest_setting_that_fits_is_found(monkeypatch):
     def compile_program(task, mesh, name):
         if task.config.model.remat == "full" and task.config.optim.accumulate == 4:
-            return Compiled(name, 5, 6, 0, Cost(1.0, 1.0, (), 0), 1.0, 1)
+            return Compiled(name, 5, 11, Cost(1.0, 1.0, (), 0), 1.0, 1)
         raise OutOfMemoryError(3 * GIB, 2 * GIB)
 
     monkeypatch.setattr(plan, "compile_program", compile_program)
     monkeypatch.setattr(plan, "lay_out_mesh", lambda machine, mesh: None)
     machine = Machine("v5e:2x4", CHIPS["v5e"], 8)
     changes, compiled = plan.find_fit(LinearTask, config_for(64), machine)
-    assert changes["optim.accumulate"] == 4 and compiled.total == 11
+    assert changes["optim.accumulate"] == 4 and compiled.peak == 11
     told = plan.describe_fit(changes, compiled)
     assert "--config.model.remat=full" in told and "--config.optim.accumulate=4" in told
     assert plan.find_fit(LinearTask, config_for(8), machine)[1] is None
@@ -105,11 +105,12 @@ def test_a_program_is_told_with_its_exchanges_and_its_shortest_time(monkeypatch)
     machine = Machine("v5e:2x2", CHIPS["v5e"], 4, list(devices))
     gather = Collective("all-gather", (0, 1, 2, 3), 32, 100e9)  # a second over two links
     cost = Cost(197e12 / 2, 0.819e12 / 4, (gather,), 1)
-    compiled = Compiled("train", 3 * GIB, 2 * GIB, GIB, cost, 7.0, 1)
+    compiled = Compiled("train", 3 * GIB, 6 * GIB, cost, 7.0, 1)
     task = types.SimpleNamespace(flops=lambda: 197e12 / 10, config=ConfigDict({"batch_size": 8}))
     monkeypatch.setattr(plan, "state_rows", lambda task, mesh: [("parameters", 3 * GIB)])
     told = plan.describe_program(machine, mesh, task, compiled)
     assert "6.0 GiB of 16.0 GiB a chip" in told
+    assert f"{'activations and workspace':<28}{'3.0 GiB':>12}" in told
     assert "all-gather" in told and "fsdp" in told and "1000.0 ms" in told
     assert "at least 1000.0 ms by network (arithmetic 500.0 ms, memory 250.0 ms" in told
     # 8 examples of a tenth of a second of one chip, on four chips, in one second.
