@@ -11,10 +11,12 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "inference", "xla", "cudnn", "chunked", "sliced")
+IMPLEMENTATIONS = ("auto", "inference", "xla", "cudnn", "chunked", "sliced", "blocked")
 # With fewer scores per head, XLA's batched matmul is as fast on a CPU as the loop over heads; with
 # 1024 x 1024 it is six times slower.
 CHUNKED_FROM_SCORES = 256 * 256
+# Scores of one example that an accelerator holds at once: 128 MiB of float32.
+BLOCK_SCORES = 2**25
 _warned: set[str] = set()
 
 
@@ -34,7 +36,8 @@ def attend(
     `turns`, int ([B,N] of the queries, [B,M] of the keys): a query sees keys of its own and
     earlier turns.
     `chunked` maps over batch x heads and keeps no scores for the backward pass; `auto` takes it
-    on a CPU for long sequences, cudnn on a GPU where the kernel accepts the inputs, else xla.
+    on a CPU for long sequences, cudnn on a GPU where the kernel accepts the inputs, else xla, or
+    `blocked`, a block of queries at a time, where the scores of one example fill 256 MiB.
     `inference` does as `auto` with `sliced` in place of `chunked`: it copies no inputs, which
     makes the forward pass faster and the backward pass slower.
     An implementation asked for that cannot take the inputs gives way to xla, with one warning.
@@ -45,21 +48,28 @@ def attend(
         raise ValueError(f"attention over q {q.shape}, k {k.shape}, v {v.shape}: shapes disagree")
     if implementation in ("auto", "inference"):
         on_cpu = _attend_chunked if implementation == "auto" else _attend_sliced
-        implementation = "xla" if _cudnn_obstacle(q) else "cudnn"
+        implementation = "cudnn"
+        if _cudnn_obstacle(q):
+            scores = q.shape[1] * k.shape[1] * q.shape[2]
+            implementation = "blocked" if scores >= 2 * BLOCK_SCORES else "xla"
         if q.shape[1] * k.shape[1] >= CHUNKED_FROM_SCORES:
             # Decided when lowering: a program compiled for another platform keeps its kernel.
             return jax.lax.platform_dependent(
                 cpu=lambda: on_cpu(q, k, v, lengths, causal, turns),
-                default=lambda: _attend_whole(q, k, v, lengths, causal, turns, implementation),
+                default=lambda: _dispatch(q, k, v, lengths, causal, turns, implementation),
             )
     if implementation == "cudnn":
         obstacle = _cudnn_obstacle(q)
         if obstacle:
             _warn_once(f"attention: cudnn cannot take {obstacle}; using xla")
             implementation = "xla"
-    if implementation in ("chunked", "sliced"):
-        by_parts = _attend_chunked if implementation == "chunked" else _attend_sliced
-        return by_parts(q, k, v, lengths, causal, turns)
+    return _dispatch(q, k, v, lengths, causal, turns, implementation)
+
+
+def _dispatch(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
+    parts = {"chunked": _attend_chunked, "sliced": _attend_sliced, "blocked": _attend_blocked}
+    if implementation in parts:
+        return parts[implementation](q, k, v, lengths, causal, turns)
     return _attend_whole(q, k, v, lengths, causal, turns, implementation)
 
 
@@ -143,6 +153,41 @@ def _attend_sliced(q, k, v, lengths, causal, turns) -> jax.Array:
 
     out = jax.lax.map(some_heads, jnp.arange(batch * heads // count))
     return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2)
+
+
+def _attend_blocked(q, k, v, lengths, causal, turns) -> jax.Array:
+    """A block of queries of all examples and heads at a time; no scores are kept."""
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    size = max(BLOCK_SCORES // (heads * keys), 1)
+    size = min(size - size % 128 if size > 128 else size, queries)
+    count = -(-queries // size)
+    masked = lengths is not None or causal or turns is not None
+    lengths = jnp.full((batch,), keys) if lengths is None else jnp.asarray(lengths)
+
+    def cut(x, axis):
+        """Blocks of queries in front; the last one is filled up with zeros."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * size - queries)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def block(operands):
+        q, rows, own = operands
+        mask = None
+        if masked:
+            mask = (jnp.arange(keys) < lengths[:, None])[:, None]
+            if causal:
+                mask &= jnp.arange(keys) <= rows[:, None]
+            if turns is not None:
+                mask &= turns[1][:, None] <= own[:, :, None]
+            mask = mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+    own = None if turns is None else cut(jnp.asarray(turns[0]), 1)
+    operands = (cut(q, 1), jnp.arange(count * size).reshape(count, size), own)
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(block), operands), 0, 1)
+    return out.reshape(batch, count * size, *q.shape[2:])[:, :queries]
 
 
 def attend_kept(

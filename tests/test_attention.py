@@ -17,6 +17,14 @@ from common_jax.attention import attend, attend_kept
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 12, 10, 3, 8
 
 
+IMPLEMENTATIONS = ["auto", "inference", "xla", "chunked", "sliced", "blocked"]
+
+
+@pytest.fixture(autouse=True)
+def five_queries_a_block(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 5 * KEYS * HEADS)
+
+
 def inputs(queries=QUERIES, keys=KEYS, dtype=np.float32):
     rng = np.random.default_rng(0)
     shapes = [(BATCH, n, HEADS, WIDTH) for n in (queries, keys, keys)]
@@ -39,7 +47,7 @@ def reference(q, k, v, lengths=None, causal=False, turns=None):
     return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "inference", "xla", "chunked", "sliced"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("masking", ["none", "lengths", "causal", "both"])
 def test_attention_equals_the_formula(implementation, masking):
     causal = masking in ("causal", "both")
@@ -55,7 +63,7 @@ TURNS = (
 )
 
 
-@pytest.mark.parametrize("implementation", ["auto", "inference", "xla", "chunked", "sliced"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("lengths", [None, np.array([4, KEYS])], ids=["all", "lengths"])
 def test_a_query_sees_its_own_and_earlier_turns(implementation, lengths):
     q, k, v = inputs()
@@ -69,7 +77,7 @@ def test_attention_equals_torch():
     q, k, v = inputs()
     tensors = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
-    for implementation in ("xla", "chunked", "sliced"):
+    for implementation in ("xla", "chunked", "sliced", "blocked"):
         assert rel_error(attend(q, k, v, implementation=implementation), expected) < 2e-6
 
 
@@ -92,7 +100,8 @@ def test_kept_keys_are_seen_as_if_they_stood_behind_the_own_ones(lengths, turns)
 
 
 @pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
-def test_chunked_gradients_equal_those_of_xla(turns):
+@pytest.mark.parametrize("implementation", ["chunked", "blocked"])
+def test_gradients_equal_those_of_xla(implementation, turns):
     q, k, v = inputs()
 
     def gradients(implementation):
@@ -102,7 +111,7 @@ def test_chunked_gradients_equal_those_of_xla(turns):
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    for ours, theirs in zip(gradients("chunked"), gradients("xla")):
+    for ours, theirs in zip(gradients(implementation), gradients("xla")):
         assert rel_error(ours, theirs) < 2e-6
 
 
@@ -111,13 +120,15 @@ def test_a_key_beyond_its_length_changes_nothing():
     lengths = np.array([4, 7])
     changed = v.copy()
     changed[0, 4:] = changed[1, 7:] = 1e3
-    for implementation in ("xla", "chunked", "sliced"):
+    for implementation in ("xla", "chunked", "sliced", "blocked"):
         before = attend(q, k, v, lengths=lengths, implementation=implementation)
         after = attend(q, k, changed, lengths=lengths, implementation=implementation)
         np.testing.assert_array_equal(before, after)
 
 
-def test_a_cpu_loops_over_heads_only_where_sequences_are_long():
+def test_a_cpu_loops_over_heads_only_where_sequences_are_long(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 2**25)
+
     def loops(tokens):
         q = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32)
         return "scan[" in str(jax.make_jaxpr(attend)(q, q, q))
@@ -125,9 +136,18 @@ def test_a_cpu_loops_over_heads_only_where_sequences_are_long():
     assert loops(256) and not loops(16)
 
 
+@pytest.mark.parametrize("scores", [2 * 256 * 256, 256 * 256])
+def test_no_accelerator_holds_all_scores_of_long_sequences(scores, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
+    q = jax.ShapeDtypeStruct((1, 256, 2, 8), jnp.float32)
+    traced = jax.jit(lambda *qkv: attend(*qkv)).trace(q, q, q)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("x256x256xf32" in text) == (scores > 256 * 256)
+
+
 def test_low_precision_inputs_keep_their_dtype():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
-    for implementation in ("xla", "chunked", "sliced"):
+    for implementation in ("xla", "chunked", "sliced", "blocked"):
         out = attend(q, k, v, implementation=implementation)
         assert out.dtype == jnp.bfloat16
         assert rel_error(out.astype(jnp.float32), reference(q, k, v)) < 2e-2
