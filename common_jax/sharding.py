@@ -133,7 +133,7 @@ def _place(path: str, leaf, rules, mesh: Mesh) -> NamedSharding:
         why = "no sharding rule names it" if spec is None else f"its rule {spec} splits nothing"
         raise ValueError(
             f"{path} {tuple(leaf.shape)}, {size / 2**20:.0f} MiB, would lie whole on every device: "
-            f"{why} with mesh.fsdp={fsdp}, mesh.tensor={tensor}. Choose an mesh.fsdp that divides "
+            f"{why} with mesh.fsdp={fsdp}, mesh.tensor={tensor}. Choose a mesh.fsdp that divides "
             "its sides, or add a rule; the rule () lets it lie whole"
         )
     return sharding
@@ -168,6 +168,12 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, mesh))
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh; 1 where `on_mesh` set none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
 
 
 def put_tree(tree, shardings):

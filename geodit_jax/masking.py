@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common_jax.sharding import BATCH_AXES, constrain
+from common_jax.sharding import BATCH_AXES, axis_size, constrain
 
 IGNORED = -100
 LEAST = 1e-3  # the smallest chance of a target to be masked: 1/p stays finite
@@ -108,8 +108,9 @@ def masked_loss(
     """Cross-entropy at masked targets, / p (or not: `none`), / targets of the sequence, summed.
 
     core: the text core, for its head. hidden [B,S,D] after the final norm; labels [B,S].
-    The head sees masked rows only, `rows` at a time: no [B,S,V] array exists. groups: parts of the
-    batch that choose their rows apart; as many as devices share the batch, else rows would travel.
+    The head sees masked rows only, `rows` at a time: no logits [B,S,V] exist (with groups, their
+    gradient does, in hidden's dtype). groups: parts of the batch that choose their rows apart; as
+    many as devices share the batch, else rows would travel.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"loss_weighting={weighting!r}: use one of {WEIGHTINGS}")
@@ -155,6 +156,32 @@ def _backward(rows: int, saved, cotangents):
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def columns_at_once(vocabulary: int) -> int:
+    """Columns of the head whose gradient is made at once: one of up to 16 parts of whole tiles."""
+    parts = [n for n in range(1, 17) if vocabulary % (n * 128) == 0]
+    return vocabulary // max(parts, default=1)
+
+
+def _gradient_by_columns(errors, pick, chunks, rows: int):
+    """Sum over G and chunks of pick(i) [G,rows,D] x errors [G,N,V] -> [D,V], split like a head."""
+    groups, _, vocabulary = errors.shape
+    count = vocabulary if axis_size("tensor") > 1 else columns_at_once(vocabulary)
+
+    def columns(first):
+        def add(i, total):
+            error = jax.lax.dynamic_slice(errors, (0, i * rows, first), (groups, rows, count))
+            more = jnp.einsum("gnd,gnv->gdv", pick(i), error, preferred_element_type=jnp.float32)
+            return total + more
+
+        width = jax.eval_shape(pick, 0).shape[-1]
+        total = jax.lax.fori_loop(0, chunks, add, jnp.zeros((groups, width, count), jnp.float32))
+        return constrain(total.astype(errors.dtype).sum(0), "fsdp", "tensor")
+
+    parts = jax.lax.map(columns, jnp.arange(0, vocabulary, count))
+    whole = jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], vocabulary)
+    return constrain(whole, "fsdp", "tensor")
+
+
 def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, bool]):
     groups, length, width = hidden.shape
     order = jnp.argsort(weights == 0, axis=1, stable=True)  # rows that count come first
@@ -166,21 +193,21 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
     cast = constrain(kernel.astype(hidden.dtype), None, "tensor")
     hidden = constrain(hidden, BATCH_AXES, None, None)
 
-    def one(i, carry):
-        nll, hits, d_kernel, d_hidden = carry
+    def pick(x, i):
         at = jax.lax.dynamic_slice_in_dim(padded, i * rows, rows, 1)
-        real = jax.lax.dynamic_slice_in_dim(exists, i * rows, rows)
+        return jax.vmap(lambda x, at: x[at])(x, at)
 
-        def pick(x):
-            return jax.vmap(lambda x, at: x[at])(x, at)
+    def one(i, carry):
+        nll, hits, errors, d_kernel, d_hidden = carry
+        real = jax.lax.dynamic_slice_in_dim(exists, i * rows, rows)
 
         def put(into, value):
             return jax.lax.dynamic_update_slice_in_dim(into, value, i * rows, 1)
 
-        x, weight = pick(hidden), pick(weights) * real
+        x, weight = pick(hidden, i), pick(weights, i) * real
         logits = jnp.einsum("gnd,dv->gnv", x, cast, preferred_element_type=jnp.float32)
         logits = constrain(logits, BATCH_AXES, None, "tensor")
-        label = jnp.maximum(pick(labels), 0)
+        label = jnp.maximum(pick(labels, i), 0)
         top = logits.max(-1)
         powers = jnp.exp(logits - top[..., None])
         sums = powers.sum(-1)
@@ -192,17 +219,26 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
             is_label = jnp.arange(logits.shape[-1]) == label[..., None]
             error = (powers / sums[..., None] - is_label) * weight[..., None]
             error = error.astype(x.dtype)
-        if wanted[0]:
-            d_kernel += jnp.einsum("gnd,gnv->gdv", x, error, preferred_element_type=jnp.float32)
+        if errors is not None:
+            errors = put(errors, error)
+        elif wanted[0]:
+            d_kernel += jnp.einsum("gnd,gnv->gdv", x, error, preferred_element_type=jnp.float32)[0]
         if wanted[1]:
             d_hidden = put(d_hidden, jnp.einsum("gnv,dv->gnd", error, cast))
-        return nll, hits, d_kernel, d_hidden
+        return nll, hits, errors, d_kernel, d_hidden
 
     flat = jnp.zeros((groups, sorted_length), jnp.float32)
-    d_kernel = jnp.zeros((groups, *kernel.shape), jnp.float32) if wanted[0] else None
+    # Summed over devices, the kernel's gradient is made by columns: whole, in float32, each device
+    # would hold it beside everything else. That needs the errors of all rows at once.
+    by_columns = wanted[0] and groups > 1
+    errors = None
+    if by_columns:
+        errors = jnp.zeros((groups, sorted_length, kernel.shape[1]), hidden.dtype)
+        errors = constrain(errors, BATCH_AXES, None, "tensor")
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[0] and not by_columns else None
     d_hidden = jnp.zeros((groups, sorted_length, width), hidden.dtype) if wanted[1] else None
-    nll, hits, d_kernel, d_hidden = jax.lax.fori_loop(
-        0, chunks, one, (flat, flat, d_kernel, d_hidden)
+    nll, hits, errors, d_kernel, d_hidden = jax.lax.fori_loop(
+        0, chunks, one, (flat, flat, errors, d_kernel, d_hidden)
     )
     back = jnp.argsort(order, axis=1)
 
@@ -210,8 +246,10 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
         return jax.vmap(lambda x, at: x[at])(x, back)
 
     nll, hits = unsort(nll), unsort(hits)
+    if by_columns:
+        d_kernel = _gradient_by_columns(errors, lambda i: pick(hidden, i), chunks, rows)
     if wanted[0]:
-        d_kernel = d_kernel.sum(0).astype(kernel.dtype)
+        d_kernel = d_kernel.astype(kernel.dtype)
     if wanted[1]:
         d_hidden = unsort(d_hidden)
     return jnp.sum(weights * nll), nll, hits, d_kernel, d_hidden

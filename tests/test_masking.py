@@ -18,6 +18,7 @@ from geodit_jax.image_layout import lay_out
 from geodit_jax.masking import (
     IGNORED,
     Masks,
+    columns_at_once,
     complement,
     draw_masks,
     draw_times,
@@ -268,9 +269,14 @@ def plain_loss(core, hidden, labels, masks, weighting):
 
 
 @pytest.mark.parametrize("weighting", ["1/p", "none"])
-@pytest.mark.parametrize(("rows", "groups"), [(512, 1), (5, 1), (5, 2), (12, 4)])
-def test_loss_in_chunks_and_groups_equals_the_formula_and_its_gradient(weighting, rows, groups):
-    core, hidden, labels, masks = problem()
+@pytest.mark.parametrize(
+    ("rows", "groups", "vocab"),
+    [(512, 1, 40), (5, 1, 40), (5, 2, 40), (12, 4, 40), (5, 2, 384)],
+)
+def test_loss_in_chunks_and_groups_equals_the_formula_and_its_gradient(
+    weighting, rows, groups, vocab
+):
+    core, hidden, labels, masks = problem(vocab=vocab)
     chunked = functools.partial(
         lambda c, h, **how: masked_loss(c, h, labels, masks, **how).total,
         weighting=weighting,
@@ -283,6 +289,10 @@ def test_loss_in_chunks_and_groups_equals_the_formula_and_its_gradient(weighting
     )
     assert rel_error(value, expected[0]) < 1e-5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, expected[1])
+
+
+def test_the_gradient_of_a_head_is_made_in_parts_of_whole_tiles():
+    assert [columns_at_once(n) for n in (384, 126464, 126349)] == [128, 126464 // 13, 126349]
 
 
 def test_rows_of_a_batch_add_up_so_microbatches_are_exact():
