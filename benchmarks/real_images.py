@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/xla").absolute()))
@@ -34,7 +33,7 @@ from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
 from common_jax.sharding import make_mesh
-from common_jax.train_loop import Pipeline, train
+from common_jax.train_loop import Pipeline, train_whole
 from configs import satdifuser_pretrain, satdifuser_probe
 from data.catalog import open_source
 from data.pipeline import eval_batches, train_batches
@@ -259,17 +258,14 @@ def run_heads(folder: Path) -> dict:
                     c.optim.warmup_epochs, c.optim.weight_decay = 1.0, 0.05
                     c.optim.epochs = 25.0 if dataset == "folder" else 30.0
                     c.eval.every = 0 if dataset == "folder" else 40
-                start = time.perf_counter()
-                status = train(ProbeTask(c), c, str(folder / name), PIPELINE)
-                if status:
-                    sys.exit(status)
+                seconds = train_whole(ProbeTask(c), c, folder / name, PIPELINE)
                 results = json.loads((folder / name / "results.json").read_text())
                 row = {"task": "scenes" if dataset == "folder" else "roads", "head": fuser}
                 row["network"] = "untrained" if untrained else "pretrained"
                 row[metric] = 100 * results[f"eval/test/{metric}"]
                 if dataset == "masks":
                     row["road IoU"] = 100 * results["eval/test/iou_1"]
-                rows.append(row | {"seconds": time.perf_counter() - start})
+                rows.append(row | {"seconds": seconds})
     rows.append(
         {
             "task": "roads",
@@ -305,9 +301,7 @@ def main(_):
     folder.mkdir(parents=True, exist_ok=True)
     if "pretrain" in STAGES.value:
         config = pretrain_config(folder)
-        status = train(PretrainTask(config), config, str(folder / "pretrain"), PIPELINE)
-        if status:
-            sys.exit(status)
+        train_whole(PretrainTask(config), config, folder / "pretrain", PIPELINE)
     for stage, run in (("pooled", run_pooled), ("heads", run_heads)):
         if stage in STAGES.value:
             write_json(folder / f"{stage}.json", run(folder))

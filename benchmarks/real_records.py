@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/xla").absolute()))
@@ -30,7 +28,7 @@ from common_jax.files import write_json
 from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
-from common_jax.train_loop import Pipeline, train
+from common_jax.train_loop import Pipeline, train_whole
 from configs import geodit_sft
 from data.pipeline import eval_batches, train_batches
 from data.record_catalog import open_records
@@ -76,11 +74,8 @@ def run_config(steps: int, blind: bool):
 
 def train_model(folder: Path, steps: int, blind: bool) -> float:
     """Seconds it took; a finished run is not repeated."""
-    start, config = time.perf_counter(), run_config(steps, blind)
-    status = train(GeoDiTTask(config), config, str(folder), PIPELINE)
-    if status:
-        sys.exit(status)
-    return time.perf_counter() - start
+    config = run_config(steps, blind)
+    return train_whole(GeoDiTTask(config), config, folder, PIPELINE)
 
 
 def answer(folder: Path, name: str, decode: DecodeConfig, sets=SETS, split="test") -> list[dict]:

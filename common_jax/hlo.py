@@ -61,14 +61,14 @@ def read_program(text: str) -> Cost:
     open_loops = _count_runs(computations)
     flops = moved = 0.0
     found: dict[tuple, list[float]] = {}
-    known = set()
+    begun = set()
     for computation in computations.values():
         for made in computation.instructions.values():
             flops += computation.times * _flops(computation, made)
             if not computation.is_inner:
                 moved += computation.times * _moved(computations, computation, made)
             kind = made.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and not _is_repeated(computation, made, known):
+            if kind in COLLECTIVES and not _is_continued(computation, made, begun):
                 kind, group, sent = _exchange(computation, made, kind)
                 total = found.setdefault((kind, group), [0.0, 0.0])
                 total[0] += computation.times
@@ -102,7 +102,7 @@ def _count_runs(computations: dict[str, Computation]) -> int:
                     callee.times += caller.times * times
                     is_applied = "to_apply=" in made.rest and made.opcode != "call"
                     if made.opcode == "fusion":
-                        callee.caller = caller.name
+                        callee.caller, callee.fusion = caller.name, made
                     callee.is_inner |= caller.is_inner or made.opcode == "fusion" or is_applied
     return open_loops
 
@@ -151,10 +151,10 @@ def _moved(computations, computation: Computation, made: Instruction) -> float:
     if made.opcode != "fusion" or not called or called[1] not in computations:
         return sum(read) + written
     inner = computations[called[1]].instructions
-    passed = _passed_on(inner, made)
-    for place in passed.values():
-        read[place] = 0.0
-    written -= sum(_hbm(made.shapes[place : place + 1]) for place in passed)
+    if any(i.opcode in COLLECTIVES for i in inner.values()):  # it only hands these on
+        for out, own in _aliases(made).items():
+            read[own] = 0.0
+            written -= _hbm(made.shapes[out : out + 1])
     for place, names in _parameters(inner).items():
         if place < len(read):
             read[place] = min(read[place], _read_of(inner, names))
@@ -168,15 +168,10 @@ def _moved(computations, computation: Computation, made: Instruction) -> float:
     return sum(read) + written
 
 
-def _passed_on(inner, made: Instruction) -> dict[int, int]:
-    """{result: operand} that a fusion hands on untouched to the rest of an exchange."""
-    if not any(i.opcode in COLLECTIVES for i in inner.values()):
-        return {}
-    aliases = re.search(
-        r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\d*\}\)[, ]*)*)\}", made.rest
-    )
-    pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliases[1]) if aliases else []
-    return {int(result or 0): int(operand) for result, operand in pairs}
+def _aliases(made: Instruction) -> dict[int, int]:
+    """{result: operand} that lie in the same place."""
+    told = made.rest.partition("output_to_operand_aliasing=")[2].partition("calls=")[0]
+    return {int(out or 0): int(own) for out, own in re.findall(r"\{(\d*)\}: \((\d+),", told)}
 
 
 def _hbm(shapes: list[Shape]) -> float:
@@ -212,19 +207,22 @@ def _read_of(inner, names: list[str]) -> float:
     return total
 
 
-def _is_repeated(computation: Computation, made: Instruction, known: set) -> bool:
-    """Whether `known` has this exchange already; else it is put there.
+def _is_continued(computation: Computation, made: Instruction, begun: set) -> bool:
+    """Whether an exchange in a fusion goes on with one that is in `begun`; else it is put there.
 
     A TPU program spreads an exchange over several fusions, from its start through products that
-    run meanwhile to its end, and every one of them has its text.
+    run meanwhile to its end. Each has its text, and all but the first take what arrives in place.
     """
+    fusion = computation.fusion
     channel = re.search(r"channel_id=(\d+)", made.rest)
-    if not channel:
+    if not fusion or not channel:
         return False
-    place = (computation.caller or computation.name, channel[1])
-    repeated = place in known
-    known.add(place)
-    return repeated
+    values = computation.instructions.values()
+    inputs = {i.rest: i.shapes[0].dims for i in values if i.opcode == "parameter"}
+    handed_on = [inputs[str(place)] for place in _aliases(fusion).values()]
+    known = (computation.caller, channel[1]) in begun
+    begun.add((computation.caller, channel[1]))
+    return known and made.shapes[0].dims in handed_on
 
 
 def _exchange(computation: Computation, made: Instruction, kind: str):

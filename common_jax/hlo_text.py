@@ -38,7 +38,8 @@ class Computation:
     instructions: dict[str, Instruction] = field(default_factory=dict)
     times: float = 0.0  # it runs in one run of the program
     is_inner: bool = False  # of a fusion or a reduction: its values never reach memory
-    caller: str = ""  # of a fusion: the computation that it stands in
+    caller: str = ""  # of a fusion: the computation that it stands in, and where it is called
+    fusion: Instruction | None = None
 
     @property
     def root(self) -> Instruction:

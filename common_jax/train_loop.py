@@ -337,3 +337,12 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
         if alone:
             signal.signal(signal.SIGTERM, previous)
         run.close()
+
+
+def train_whole(task: Task, config, workdir: str | Path, pipeline: Pipeline) -> float:
+    """Seconds of `train`, for scripts that do more; a run that SIGTERM stopped ends the script."""
+    start = time.perf_counter()
+    status = train(task, config, str(workdir), pipeline)
+    if status:
+        sys.exit(status)
+    return time.perf_counter() - start

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from absl import app, flags, logging
 from common_jax.host_memory import use_huge_pages
 from common_jax.metric_log import say
 from common_jax.report import format_table, write_markdown_table
-from common_jax.train_loop import Pipeline, train
+from common_jax.train_loop import Pipeline, train_whole
 from configs import satdifuser_pretrain, satdifuser_probe
 from data.pipeline import eval_batches, train_batches
 from satdifuser_jax.figures import save_bars
@@ -76,11 +75,8 @@ def probe_config(dataset: str, fuser: str, weights: Path, untrained: bool, cache
 
 def run(task, config, workdir: Path) -> tuple[dict, float]:
     """(results, seconds of this process); a finished run is read, not repeated."""
-    start = time.perf_counter()
-    status = train(task, config, str(workdir), PIPELINE)
-    if status:
-        sys.exit(status)
-    return json.loads((workdir / "results.json").read_text()), time.perf_counter() - start
+    seconds = train_whole(task, config, workdir, PIPELINE)
+    return json.loads((workdir / "results.json").read_text()), seconds
 
 
 def probe_all(folder: Path) -> list[dict]:

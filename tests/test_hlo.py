@@ -193,3 +193,11 @@ def test_an_exchange_spread_over_fusions_counts_once():
     assert cost.flops == 2 * 8 * 8 * 16
     # What arrives is written once, and the product in between reads and writes its own.
     assert cost.hbm_bytes == whole + (8 * 16 + 8 * 8) * 4 + shard
+
+
+def test_exchanges_of_one_channel_that_stand_apart_all_count():
+    twice = LOOP.replace("channel_id=2", "channel_id=1")
+    assert read_program(twice).collectives == read_program(LOOP).collectives
+    alone = SPREAD.replace(", output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}", "")
+    alone = alone.replace(", output_to_operand_aliasing={{}: (1, {})}", "")
+    assert read_program(alone).collectives[0].count == 3
