@@ -115,7 +115,10 @@ def _close(text: str, start: int) -> int:
 
 
 def read_group(text: str) -> tuple[int, ...]:
-    """The first group of devices in the attributes of a collective; all it may name if none."""
+    """The first group of devices in the attributes of a collective; () where none is named.
+
+    Raises ValueError for a notation that is not known.
+    """
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         groups, dims, turned = (
@@ -124,15 +127,24 @@ def read_group(text: str) -> tuple[int, ...]:
         places = np.arange(math.prod(dims)).reshape(dims)
         places = places.transpose(turned) if turned else places
         return tuple(int(x) for x in places.reshape(groups)[0])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r" ?\{([^}]*)\}",
+        text,
+    )
     if named:
         return _group_of_axes(*named.groups())
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", text)
+    if not listed and re.search(r"replica_groups=(?!\{\})", text):
+        raise ValueError(f"unknown notation of devices in {text[:200]!r}")
     return tuple(int(x) for x in listed[1].split(",") if x) if listed else ()
 
 
-def _group_of_axes(mesh: str, along: str) -> tuple[int, ...]:
-    """Group 0 of `'a'=2,'b'=4` along `'b'`, or along a part of it, `'b':(before)size`."""
+def _group_of_axes(mesh: str, dims: str, turned: str, along: str) -> tuple[int, ...]:
+    """Group 0 of `'a'=2,'b'=4` along `'b'`, or along a part of it, `'b':(before)size`.
+
+    dims, turned: the devices are numbered in an array of these sizes, transposed by `turned`.
+    """
     sizes, names = [], []
     parts = {name: (int(before), int(size)) for name, before, size in _PART.findall(along)}
     whole = set(re.findall(r"'(\w+)'(?!:)", along))
@@ -140,5 +152,9 @@ def _group_of_axes(mesh: str, along: str) -> tuple[int, ...]:
         before, size = parts.get(name, (1, int(length)))
         sizes += [before, size, int(length) // (before * size)]
         names += [None, name if name in whole | parts.keys() else None, None]
-    places = np.arange(math.prod(sizes)).reshape(sizes)
+    places = np.arange(math.prod(sizes))
+    if turned:
+        order = [int(x) for x in turned.split(",")]
+        places = places.reshape([int(x) for x in dims.split(",")]).transpose(order)
+    places = places.reshape(sizes)
     return tuple(int(x) for x in places[tuple(slice(None) if n else 0 for n in names)].flat)

@@ -84,12 +84,20 @@ def test_an_instruction_is_read_with_layouts_tuples_and_nested_parentheses():
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2,'a'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, x=1", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'b'}", (0, 1)),
         ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
         ("replica_groups={}", ()),
     ],
 )
 def test_the_first_group_of_devices_is_read_in_every_notation(text, group):
     assert read_group(text) == group
+
+
+def test_devices_in_an_unknown_notation_are_not_passed_over():
+    with pytest.raises(ValueError, match="unknown notation of devices"):
+        read_group("replica_groups=<all of them>, x=1")
 
 
 def test_the_body_of_a_loop_counts_as_often_as_it_runs():
