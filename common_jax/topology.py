@@ -74,7 +74,7 @@ def find_machine(topology: str, mesh) -> Machine:
     """Machine of `v5e:8x8` (a TPU slice), `H200:8` (devices of one host), `here`, or "" (any).
 
     Without a topology, the sizes in `mesh` say how many devices there are. Raises ValueError for
-    an unknown chip or slice, ImportError without libtpu.
+    an unknown chip or slice, RuntimeError without libtpu.
     """
     if not topology:
         sizes = [mesh[axis] for axis in AXES]
@@ -107,7 +107,7 @@ def _describe_slice(topology: str) -> Sequence:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, NotImplementedError) as error:
         told = str(error).splitlines()[0]
-        raise ImportError(
+        raise RuntimeError(
             f"--topology={topology}: the TPU compiler is not available ({told}). Install the extra "
             "tpu-plan (libtpu); plan one slice at a time; look whether a slice of this shape exists"
         ) from error
