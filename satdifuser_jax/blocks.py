@@ -20,11 +20,13 @@ import numpy as np
 
 from common_jax.attention import attend
 from common_jax.layers import LayerNorm, Linear, declare
+from common_jax.sharding import BATCH_AXES, constrain
 
 Taps = dict[str, jax.Array]
 
 # Regex on paths -> mesh axes, of every network made of these layers; the first match wins. What no
-# rule names (norms, biases) is small and lies whole on every device. `fsdp` splits inputs.
+# rule names (norms, biases) is small and lies whole on every device. `fsdp` splits inputs. Maps
+# are held to the batch's axes (`constrain`): else the compiler splits channels as kernels are.
 SHARDING_RULES = (
     (r"conv\w*/kernel$", (None, None, "fsdp", None)),
     (r"kernel$", ("fsdp", None)),
@@ -97,8 +99,10 @@ class Conv(nn.Module):
         bias = self.param("bias", declare, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
-            return jnp.dot(x, kernel[0, 0]) + bias
-        return conv2d(x, kernel, self.stride, self.padding) + bias
+            y = jnp.dot(x, kernel[0, 0])
+        else:
+            y = conv2d(x, kernel, self.stride, self.padding)
+        return constrain(y, BATCH_AXES) + bias
 
 
 class GroupNorm(nn.Module):
@@ -181,7 +185,8 @@ class Attention(nn.Module):
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
             layer = Linear(channels, use_bias=False, dtype=self.numerics.dtype, name=name)
-            return layer(inputs).reshape(*inputs.shape[:2], self.heads, -1)
+            y = constrain(layer(inputs), BATCH_AXES)
+            return y.reshape(*inputs.shape[:2], self.heads, -1)
 
         q = project("to_q", x)
         # A context shared by the batch is projected once, then broadcast.
@@ -190,7 +195,7 @@ class Attention(nn.Module):
         v = jnp.broadcast_to(project("to_v", source), shape)
         h = attend(q, k, v, implementation=self.numerics.attention)
         out = Linear(channels, dtype=self.numerics.dtype, name="to_out_0")
-        return out(h.reshape(batch, tokens, channels))
+        return constrain(out(h.reshape(batch, tokens, channels)), BATCH_AXES)
 
 
 class GatedGelu(nn.Module):
@@ -200,9 +205,8 @@ class GatedGelu(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(
-            Linear(8 * x.shape[-1], dtype=self.dtype, name="proj")(x), 2, axis=-1
-        )
+        both = Linear(8 * x.shape[-1], dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(constrain(both, BATCH_AXES), 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
@@ -212,7 +216,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = GatedGelu(self.dtype, name="net_0")(x)
-        return Linear(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        return constrain(Linear(x.shape[-1], dtype=self.dtype, name="net_2")(h), BATCH_AXES)
 
 
 class TransformerBlock(nn.Module):

@@ -124,8 +124,7 @@ def test_gradients_equal_torch_diffusers(torch_unet):
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_recomputes_and_changes_no_gradient(remat):
+def test_remat_recomputes_and_changes_no_gradient():
     config = dataclasses.replace(
         TINY,
         block_out_channels=(32,),
@@ -145,10 +144,11 @@ def test_remat_recomputes_and_changes_no_gradient(remat):
         assert is_recomputed == (remat != "none")
         return jax.jit(jax.grad(loss))(params)
 
-    plain, recomputed = gradient("none"), gradient(remat)
+    plain = gradient("none")
     largest = max(np.abs(g).max() for g in jax.tree.leaves(plain))
-    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / largest, recomputed, plain)
-    assert max(jax.tree.leaves(errors)) < 1e-5
+    for remat in ("dots", "full"):
+        errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / largest, gradient(remat), plain)
+        assert max(jax.tree.leaves(errors)) < 1e-5
 
 
 def test_a_shared_context_equals_one_copy_per_image(torch_unet):
