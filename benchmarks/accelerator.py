@@ -16,6 +16,7 @@ measured". --tiny runs the same on tiny models, on a CPU too: it shows that the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import statistics
@@ -25,7 +26,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
 from common_jax.chips import find_chip
 from common_jax.files import write_json
@@ -49,10 +49,6 @@ from satdifuser_jax.taps import PUBLISHED_LAYERS, select_taps
 from satdifuser_jax.unet import SatUNet, UNetConfig, unet_shapes
 from satdifuser_jax.vae import SpaceToDepth
 
-ONLY = flags.DEFINE_list("only", ["train", "decode", "extract"], "What is measured.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs after one that warms up; medians.")
-TINY = flags.DEFINE_bool("tiny", False, "Tiny models, on whatever device there is.")
-OUT = flags.DEFINE_string("out", "", "JSON file for the numbers; empty: none.")
 PREFIX, LENGTH, STEPS = 805, 32, 8
 TARGETS = {"train": "MFU 50 %", "prompt": "50 % of measured peak", "cached": "2 x floor"}
 
@@ -88,10 +84,10 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
-def seconds_of(job: Callable[[], object]) -> float:
+def seconds_of(job: Callable[[], object], repeats: int) -> float:
     """Median of the repeats, after one run that warms up."""
     found = []
-    for round_ in range(REPEATS.value + 1):
+    for round_ in range(repeats + 1):
         start = time.perf_counter()
         jax.block_until_ready(job())
         if round_:
@@ -99,8 +95,8 @@ def seconds_of(job: Callable[[], object]) -> float:
     return statistics.median(found)
 
 
-def measure_peak() -> Peak:
-    side, count = (256, 4) if TINY.value else (8192, 16)
+def measure_peak(tiny: bool, repeats: int) -> Peak:
+    side, count = (256, 4) if tiny else (8192, 16)
     a = fill(jax.ShapeDtypeStruct((side, side), jnp.bfloat16))
 
     def multiply(a):
@@ -113,16 +109,16 @@ def measure_peak() -> Peak:
     whole = jnp.zeros((side, side), jnp.float32)
     chip = find_chip(jax.devices()[0].device_kind)
     return Peak(
-        count * 2 * side**3 / seconds_of(lambda: products(a)),
-        count * 2 * whole.nbytes / seconds_of(lambda: copies(whole)),
+        count * 2 * side**3 / seconds_of(lambda: products(a), repeats),
+        count * 2 * whole.nbytes / seconds_of(lambda: copies(whole), repeats),
         chip and chip.flops,
     )
 
 
 # ------------------------------------------------------------------------------------- training
-def train_cases() -> dict[str, Callable]:
+def train_cases(tiny: bool) -> dict[str, Callable]:
     """{name: () -> Task} of the steps that are measured."""
-    if TINY.value:
+    if tiny:
         return {
             "GeoDiT tiny": lambda: GeoDiTTask(geodit_sft.get_config("tiny")),
             "GeoDiT tiny, adapters": lambda: _task(GeoDiTTask, geodit_sft, "tiny", rank=2),
@@ -148,7 +144,7 @@ def _task(kind, config_of, argument: str, batch: int = 0, rank: int = 0, **chang
     return kind(config)
 
 
-def time_training(make_task: Callable, peak: Peak) -> dict:
+def time_training(make_task: Callable, peak: Peak, repeats: int) -> dict:
     task, mesh = make_task(), make_mesh(data=1, devices=jax.devices()[:1])
     rows = task.config.batch_size
     sketch = task.sketch(mesh, rows)
@@ -166,7 +162,7 @@ def time_training(make_task: Callable, peak: Peak) -> dict:
         held[0], metrics = program(held[0], frozen, arrays, key)
         return metrics
 
-    seconds = seconds_of(run)
+    seconds = seconds_of(run, repeats)
     flops = task.flops() * rows
     return {"seconds": seconds, "FLOP/s": flops / seconds, **_shares(flops, seconds, peak)}
 
@@ -179,7 +175,7 @@ def _shares(flops: float, seconds: float, peak: Peak) -> dict:
 
 
 # ------------------------------------------------------------------------------------- decoding
-def time_decoding(size: str, batch: int, peak: Peak) -> dict[str, dict]:
+def time_decoding(size: str, batch: int, peak: Peak, repeats: int) -> dict[str, dict]:
     """{`prompt`: the pass over everything, `cached`: a later one}."""
     config = dataclasses.replace(find_size(size), tower=None)
     text = config.text
@@ -190,8 +186,8 @@ def time_decoding(size: str, batch: int, peak: Peak) -> dict[str, dict]:
     def decode(settings: DecodeConfig):
         return lambda: generate(core, config, prefix, None, jax.random.key(0), settings)
 
-    first = seconds_of(decode(dataclasses.replace(whole, steps=1, cache="none")))
-    later = (seconds_of(decode(whole)) - first) / (STEPS - 1)
+    first = seconds_of(decode(dataclasses.replace(whole, steps=1, cache="none")), repeats)
+    later = (seconds_of(decode(whole), repeats) - first) / (STEPS - 1)
     flops = batch * (core_flops(text, PREFIX + LENGTH) + head_flops(text, LENGTH))
     weights = (
         sum(leaf.nbytes for leaf in jax.tree.leaves(core))
@@ -206,10 +202,10 @@ def time_decoding(size: str, batch: int, peak: Peak) -> dict[str, dict]:
 
 
 # ----------------------------------------------------------------------------------- extraction
-def time_extraction(side: int, batch: int, peak: Peak) -> dict:
+def time_extraction(side: int, batch: int, tiny: bool, peak: Peak, repeats: int) -> dict:
     """A pass from latents: nine evaluations of the inversion and one with taps."""
     config = UNetConfig.sd21()
-    if TINY.value:
+    if tiny:
         small = {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": (2, 4, 4, 4)}
         config = dataclasses.replace(config, cross_attention_dim=32, **small)
     unet = SatUNet(config, dtype=jnp.bfloat16)
@@ -231,61 +227,73 @@ def time_extraction(side: int, batch: int, peak: Peak) -> dict:
         return extract(backbone, z0, settings).features
 
     flops = count_flops(run, backbone, z0)
-    seconds = seconds_of(lambda: run(backbone, z0))
+    seconds = seconds_of(lambda: run(backbone, z0), repeats)
     shares = _shares(flops, seconds, peak)
     return {"seconds": seconds, "FLOP/s": flops / seconds, "images/s": batch / seconds, **shares}
 
 
 # ------------------------------------------------------------------------------------------ all
-def jobs() -> dict[str, dict[str, Callable]]:
-    """{part: {name: Peak -> row, or rows by name}}."""
-    train = {
-        name: lambda peak, make=make: time_training(make, peak)
-        for name, make in train_cases().items()
+def jobs(tiny: bool) -> dict[str, dict[str, Callable]]:
+    """{part: {name: (Peak, repeats) -> row, or rows by name}}."""
+    sizes = {"tiny": (2,)} if tiny else {"1b": (1, 8), "8b": (1, 8)}
+    sides = {64: 2} if tiny else {256: 32, 512: 8}
+    return {
+        "train": {
+            name: functools.partial(time_training, make) for name, make in train_cases(tiny).items()
+        },
+        "decode": {
+            f"GeoDiT {size}, batch {batch}": functools.partial(time_decoding, size, batch)
+            for size, batches in sizes.items()
+            for batch in batches
+        },
+        "extract": {
+            f"UNet, {side} px, batch {batch}": functools.partial(time_extraction, side, batch, tiny)
+            for side, batch in sides.items()
+        },
     }
-    sizes = {"tiny": (2,)} if TINY.value else {"1b": (1, 8), "8b": (1, 8)}
-    decode = {
-        f"GeoDiT {size}, batch {batch}": lambda peak, at=(size, batch): time_decoding(*at, peak)
-        for size, batches in sizes.items()
-        for batch in batches
-    }
-    sides = {64: 2} if TINY.value else {256: 32, 512: 8}
-    extraction = {
-        f"UNet, {side} px, batch {batch}": lambda peak, at=(side, batch): time_extraction(*at, peak)
-        for side, batch in sides.items()
-    }
-    return {"train": train, "decode": decode, "extract": extraction}
 
 
-def main(_):
+def measure(job: Callable, peak: Peak | None, repeats: int) -> dict:
+    """Row of a job, or rows by name; a note where it cannot be measured."""
+    if peak is None:
+        return {"note": "not measured: no accelerator here"}
+    try:
+        return job(peak, repeats)
+    except jax.errors.JaxRuntimeError as error:
+        return {"note": f"not measured: {str(error).splitlines()[0][:80]}"}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="train,decode,extract", help="what is measured")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs after one that warms up")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
+    parser.add_argument("--out", default="", help="JSON file for the numbers")
+    given = parser.parse_args(argv)
     device = jax.devices()[0]
-    is_measured = device.platform != "cpu" or TINY.value
-    peak = measure_peak() if is_measured else None
+    is_measured = device.platform != "cpu" or given.tiny
+    peak = measure_peak(given.tiny, given.repeats) if is_measured else None
     rows = []
-    for part, cases in jobs().items():
-        for name, job in cases.items() if part in ONLY.value else ():
-            try:
-                found = job(peak) if is_measured else {"note": "not measured: no accelerator here"}
-            except jax.errors.JaxRuntimeError as error:
-                found = {"note": f"not measured: {str(error).splitlines()[0][:80]}"}
-            several = found if part == "decode" and "note" not in found else {"": found}
-            for pass_, row in several.items():
-                target = TARGETS.get(pass_ or part, "")
-                rows.append(
-                    {"part": part, "case": f"{name} {pass_}".strip(), "target": target} | row
-                )
+    for part, cases in jobs(given.tiny).items():
+        for name, job in cases.items() if part in given.only.split(",") else ():
+            found = measure(job, peak, given.repeats)
+            passes = found if part == "decode" and "note" not in found else {"": found}
+            for pass_, row in passes.items():
+                about = {"part": part, "case": f"{name} {pass_}".strip()}
+                rows.append(about | {"target": TARGETS.get(pass_ or part, "")} | row)
                 print(rows[-1], file=sys.stderr, flush=True)
     formats = {"seconds": ".4f", "MFU %": ".1f", "of measured peak %": ".1f"}
     formats |= {"times the floor": ".2f", "images/s": ".1f", "target": "", "note": ""}
-    found = {name for row in rows for name in row}
-    columns = ["part", "case", *((name, how) for name, how in formats.items() if name in found)]
+    known = {name for row in rows for name in row}
+    columns = ["part", "case", *((name, how) for name, how in formats.items() if name in known)]
     title = f"{device.device_kind}, bfloat16"
     if peak:
         title += f": {peak.flops / 1e12:.3g} TFLOP/s and {peak.bandwidth / 1e9:.3g} GB/s measured"
     print(format_table(rows, columns, title=title))
-    if OUT.value:
-        write_json(OUT.value, {"title": title, "rows": rows})
+    if given.out:
+        write_json(given.out, {"title": title, "rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

@@ -159,9 +159,10 @@ def _attend_blocked(q, k, v, lengths, causal, turns) -> jax.Array:
     """A block of queries of all examples and heads at a time; no scores are kept."""
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
-    size = max(BLOCK_SCORES // (heads * keys), 1)
-    size = min(size - size % 128 if size > 128 else size, queries)
-    count = -(-queries // size)
+    least = -(-queries // max(BLOCK_SCORES // (heads * keys), 1))
+    # Equal blocks where a count not much larger gives them: filled ones compute on zeros.
+    count = next((n for n in range(least, 2 * least) if queries % n == 0), least)
+    size = -(-queries // count)
     masked = lengths is not None or causal or turns is not None
     lengths = jnp.full((batch,), keys) if lengths is None else jnp.asarray(lengths)
 
