@@ -38,6 +38,7 @@ from configs import geodit_sft, satdifuser_pretrain
 from geodit_jax.config import find_size
 from geodit_jax.decode_config import DecodeConfig
 from geodit_jax.flops import core_flops, head_flops
+from geodit_jax.masking import IGNORED
 from geodit_jax.model import model_shapes
 from geodit_jax.sampler import generate
 from geodit_jax.task import GeoDiTTask
@@ -116,36 +117,30 @@ def measure_peak(tiny: bool, repeats: int) -> Peak:
 
 
 # ------------------------------------------------------------------------------------- training
-def train_cases(tiny: bool) -> dict[str, Callable]:
-    """{name: () -> Task} of the steps that are measured."""
+def train_cases(tiny: bool) -> dict[str, tuple]:
+    """{name: (Task, its config, argument of the config, changes)} of the measured steps."""
+    geodit, diffusion = (GeoDiTTask, geodit_sft), (PretrainTask, satdifuser_pretrain)
     if tiny:
         return {
-            "GeoDiT tiny": lambda: GeoDiTTask(geodit_sft.get_config("tiny")),
-            "GeoDiT tiny, adapters": lambda: _task(GeoDiTTask, geodit_sft, "tiny", rank=2),
-            "DiffusionSat tiny": lambda: PretrainTask(satdifuser_pretrain.get_config("tiny")),
+            "GeoDiT tiny": (*geodit, "tiny", {}),
+            "GeoDiT tiny, adapters": (*geodit, "tiny", {"lora.rank": 2}),
+            "DiffusionSat tiny": (*diffusion, "tiny", {}),
         }
     small = {"model.dtype": "bfloat16", "model.remat": "full", "data.text_length": 512}
+    adapters = {"batch_size": 4, "lora.rank": 16}
     return {
-        "GeoDiT 1b, batch 8": lambda: _task(GeoDiTTask, geodit_sft, "size=1b", 8, **small),
-        "GeoDiT 8b, adapters, batch 4": lambda: _task(GeoDiTTask, geodit_sft, "size=8b", 4, 16),
-        "DiffusionSat, 256 px, batch 64": lambda: _task(
-            PretrainTask, satdifuser_pretrain, "size=sd21", 64
-        ),
+        "GeoDiT 1b, batch 8": (*geodit, "size=1b", small | {"batch_size": 8}),
+        "GeoDiT 8b, adapters, batch 4": (*geodit, "size=8b", adapters),
+        "DiffusionSat, 256 px, batch 64": (*diffusion, "size=sd21", {"batch_size": 64}),
     }
 
 
-def _task(kind, config_of, argument: str, batch: int = 0, rank: int = 0, **changes):
+def time_training(case: tuple, peak: Peak, repeats: int) -> dict:
+    kind, config_of, argument, changes = case
     config = config_of.get_config(argument)
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-        config.batch_size = batch or config.batch_size
-        if rank:
-            config.lora.rank = rank
-    return kind(config)
-
-
-def time_training(make_task: Callable, peak: Peak, repeats: int) -> dict:
-    task, mesh = make_task(), make_mesh(data=1, devices=jax.devices()[:1])
+    task, mesh = kind(config), make_mesh(data=1, devices=jax.devices()[:1])
     rows = task.config.batch_size
     sketch = task.sketch(mesh, rows)
     state, frozen, tx = sketch_state(task, sketch, mesh)
@@ -154,8 +149,11 @@ def time_training(make_task: Callable, peak: Peak, repeats: int) -> dict:
     batch = place_batch(sketch.batch, mesh)
     program = step.lower(state, frozen, batch, key, phase).compile()
     arrays = fill(batch)
-    if "length" in arrays:
-        arrays["length"] += arrays["ids"].shape[1]
+    if "labels" in arrays:  # whole sequences, whose text is the answer, as the FLOPs are counted
+        length = arrays["labels"].shape[1]
+        arrays["length"] += length
+        is_picture = jnp.arange(length) < length - config.data.text_length
+        arrays["labels"] = jnp.where(is_picture, IGNORED, arrays["labels"])
     held, frozen = [fill(state)], fill(frozen)
 
     def run():
@@ -239,7 +237,7 @@ def jobs(tiny: bool) -> dict[str, dict[str, Callable]]:
     sides = {64: 2} if tiny else {256: 32, 512: 8}
     return {
         "train": {
-            name: functools.partial(time_training, make) for name, make in train_cases(tiny).items()
+            name: functools.partial(time_training, case) for name, case in train_cases(tiny).items()
         },
         "decode": {
             f"GeoDiT {size}, batch {batch}": functools.partial(time_decoding, size, batch)

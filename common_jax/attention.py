@@ -5,6 +5,7 @@ B batch, N queries, M keys, H heads, D head width. Probabilities are float32 wha
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -114,7 +115,7 @@ def _attend_chunked(q, k, v, lengths, causal, turns) -> jax.Array:
         q, k, v, length, turns = operands
         scores = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32) * scale
         if masked:
-            visible = _visible(queries, keys, length, causal, turns)
+            visible = _visible(jnp.arange(queries), keys, length, causal, turns)
             scores = jnp.where(visible, scores, -jnp.inf)
         probabilities = jax.nn.softmax(scores, axis=-1)
         return jnp.einsum("nm,md->nd", probabilities.astype(v.dtype), v)
@@ -144,7 +145,7 @@ def _attend_sliced(q, k, v, lengths, causal, turns) -> jax.Array:
         scores = scores * scale
         if masked:
             own_turns = jax.tree.map(lambda x: x[row], turns)
-            visible = _visible(queries, keys, lengths[row], causal, own_turns)
+            visible = _visible(jnp.arange(queries), keys, lengths[row], causal, own_turns)
             scores = jnp.where(visible, scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         h = jnp.einsum("hnm,mhd->hnd", weights.astype(v.dtype), cut(v))
@@ -174,15 +175,14 @@ def _attend_blocked(q, k, v, lengths, causal, turns) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
     def block(operands):
-        q, rows, own = operands
+        q, places, own = operands
         mask = None
         if masked:
-            mask = (jnp.arange(keys) < lengths[:, None])[:, None]
-            if causal:
-                mask &= jnp.arange(keys) <= rows[:, None]
-            if turns is not None:
-                mask &= turns[1][:, None] <= own[:, :, None]
-            mask = mask[:, None]
+            seen = functools.partial(_visible, places, keys, causal=causal)
+            pairs = None if turns is None else (own, turns[1])
+            mask = jax.vmap(lambda length, turns: seen(length, turns=turns))(lengths, pairs)[
+                :, None
+            ]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
     own = None if turns is None else cut(jnp.asarray(turns[0]), 1)
@@ -230,10 +230,11 @@ def attend_kept(
     return h.reshape(batch, queries, heads, width)
 
 
-def _visible(queries: int, keys: int, length: jax.Array, causal: bool, turns) -> jax.Array:
+def _visible(places: jax.Array, keys: int, length: jax.Array, causal: bool, turns) -> jax.Array:
+    """[N or 1,M] of one example: which keys the queries at `places` [N] see."""
     visible = jnp.arange(keys)[None, :] < length
     if causal:
-        visible &= jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None]
+        visible &= jnp.arange(keys)[None, :] <= places[:, None]
     if turns is not None:
         visible &= turns[1][None, :] <= turns[0][:, None]
     return visible

@@ -340,7 +340,7 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
 
 
 def train_whole(task: Task, config, workdir: str | Path, pipeline: Pipeline) -> float:
-    """Seconds of `train`, for scripts that do more; a run that SIGTERM stopped ends the script."""
+    """Seconds of `train`, for scripts that do more. Raises SystemExit where SIGTERM stopped it."""
     start = time.perf_counter()
     status = train(task, config, str(workdir), pipeline)
     if status:

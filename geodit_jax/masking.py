@@ -108,9 +108,9 @@ def masked_loss(
     """Cross-entropy at masked targets, / p (or not: `none`), / targets of the sequence, summed.
 
     core: the text core, for its head. hidden [B,S,D] after the final norm; labels [B,S].
-    The head sees masked rows only, `rows` at a time: no logits [B,S,V] exist (with groups, their
-    gradient does, in hidden's dtype). groups: parts of the batch that choose their rows apart; as
-    many as devices share the batch, else rows would travel.
+    The head sees masked rows only, `rows` at a time: no logits [B,S,V] exist (with groups of few
+    rows their gradient does, in hidden's dtype). groups: parts of the batch that choose their rows
+    apart; as many as devices share the batch, else rows would travel.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"loss_weighting={weighting!r}: use one of {WEIGHTINGS}")
@@ -162,8 +162,11 @@ def columns_at_once(vocabulary: int) -> int:
     return vocabulary // max(parts, default=1)
 
 
-def _gradient_by_columns(errors, pick, chunks, rows: int):
-    """Sum over G and chunks of pick(i) [G,rows,D] x errors [G,N,V] -> [D,V], split like a head."""
+def _gradient_by_columns(errors, pick, chunks, rows: int, width: int):
+    """Sum over G and chunks of pick(i) [G,rows,D] x errors [G,N,V] -> [D,V], split like a head.
+
+    width: D.
+    """
     groups, _, vocabulary = errors.shape
     count = vocabulary if axis_size("tensor") > 1 else columns_at_once(vocabulary)
 
@@ -173,12 +176,11 @@ def _gradient_by_columns(errors, pick, chunks, rows: int):
             more = jnp.einsum("gnd,gnv->gdv", pick(i), error, preferred_element_type=jnp.float32)
             return total + more
 
-        width = jax.eval_shape(pick, 0).shape[-1]
         total = jax.lax.fori_loop(0, chunks, add, jnp.zeros((groups, width, count), jnp.float32))
         return constrain(total.astype(errors.dtype).sum(0), "fsdp", "tensor")
 
     parts = jax.lax.map(columns, jnp.arange(0, vocabulary, count))
-    whole = jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], vocabulary)
+    whole = jnp.moveaxis(parts, 0, 1).reshape(width, vocabulary)
     return constrain(whole, "fsdp", "tensor")
 
 
@@ -222,20 +224,24 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
         if errors is not None:
             errors = put(errors, error)
         elif wanted[0]:
-            d_kernel += jnp.einsum("gnd,gnv->gdv", x, error, preferred_element_type=jnp.float32)[0]
+            d_kernel += jnp.einsum("gnd,gnv->gdv", x, error, preferred_element_type=jnp.float32)
         if wanted[1]:
             d_hidden = put(d_hidden, jnp.einsum("gnv,dv->gnd", error, cast))
         return nll, hits, errors, d_kernel, d_hidden
 
     flat = jnp.zeros((groups, sorted_length), jnp.float32)
     # Summed over devices, the kernel's gradient is made by columns: whole, in float32, each device
-    # would hold it beside everything else. That needs the errors of all rows at once.
-    by_columns = wanted[0] and groups > 1
+    # would hold it beside everything else. That needs the errors of all rows at once, and pays
+    # where these take no more than it.
+    is_smaller = sorted_length * hidden.dtype.itemsize <= width * 4
+    by_columns = wanted[0] and groups > 1 and is_smaller
     errors = None
     if by_columns:
         errors = jnp.zeros((groups, sorted_length, kernel.shape[1]), hidden.dtype)
         errors = constrain(errors, BATCH_AXES, None, "tensor")
-    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[0] and not by_columns else None
+    d_kernel = None
+    if wanted[0] and not by_columns:
+        d_kernel = jnp.zeros((groups, *kernel.shape), jnp.float32)
     d_hidden = jnp.zeros((groups, sorted_length, width), hidden.dtype) if wanted[1] else None
     nll, hits, errors, d_kernel, d_hidden = jax.lax.fori_loop(
         0, chunks, one, (flat, flat, errors, d_kernel, d_hidden)
@@ -247,9 +253,10 @@ def _run_chunks(kernel, hidden, labels, weights, rows: int, wanted: tuple[bool, 
 
     nll, hits = unsort(nll), unsort(hits)
     if by_columns:
-        d_kernel = _gradient_by_columns(errors, lambda i: pick(hidden, i), chunks, rows)
-    if wanted[0]:
-        d_kernel = d_kernel.astype(kernel.dtype)
+        picked = functools.partial(pick, hidden)
+        d_kernel = _gradient_by_columns(errors, picked, chunks, rows, width).astype(kernel.dtype)
+    elif wanted[0]:
+        d_kernel = d_kernel.sum(0).astype(kernel.dtype)
     if wanted[1]:
         d_hidden = unsort(d_hidden)
     return jnp.sum(weights * nll), nll, hits, d_kernel, d_hidden

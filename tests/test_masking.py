@@ -270,13 +270,19 @@ def plain_loss(core, hidden, labels, masks, weighting):
 
 @pytest.mark.parametrize("weighting", ["1/p", "none"])
 @pytest.mark.parametrize(
-    ("rows", "groups", "vocab"),
-    [(512, 1, 40), (5, 1, 40), (5, 2, 40), (12, 4, 40), (5, 2, 384)],
+    ("rows", "groups", "width", "vocab"),
+    [
+        (512, 1, 16, 40),
+        (5, 1, 16, 40),
+        (5, 2, 16, 40),
+        (12, 4, 16, 40),
+        (5, 2, 64, 384),  # few rows, wide: by columns, in three parts
+    ],
 )
 def test_loss_in_chunks_and_groups_equals_the_formula_and_its_gradient(
-    weighting, rows, groups, vocab
+    weighting, rows, groups, width, vocab
 ):
-    core, hidden, labels, masks = problem(vocab=vocab)
+    core, hidden, labels, masks = problem(width=width, vocab=vocab)
     chunked = functools.partial(
         lambda c, h, **how: masked_loss(c, h, labels, masks, **how).total,
         weighting=weighting,
