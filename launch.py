@@ -286,7 +286,8 @@ def plan() -> int:
     print(plan_table(make_task(config).plan()))
     if topology or MESH.value:
         set_mesh(config.mesh, MESH.value)
-        print("\n" + plan_run(make_task, config, topology, PROGRAMS.value))
+        for paragraph in plan_run(make_task, config, topology, PROGRAMS.value):
+            print(f"\n{paragraph}", flush=True)
     return 0
 
 

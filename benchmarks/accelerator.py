@@ -161,7 +161,7 @@ def time_training(case: tuple, peak: Peak, repeats: int) -> dict:
         return metrics
 
     seconds = seconds_of(run, repeats)
-    flops = task.flops() * rows
+    flops = sum(task.flops().values()) * rows
     return {"seconds": seconds, "FLOP/s": flops / seconds, **_shares(flops, seconds, peak)}
 
 

@@ -80,8 +80,9 @@ def plan_table(rows: list[PlanRow], optimizer_copies: int = 2) -> str:
 
 
 # --------------------------------------------------------------------------------- compiled ahead
-def plan_run(build: Callable, config, topology: str, programs: Sequence[str]) -> str:
-    """What the programs of a run need on a machine, and what they can reach there.
+def plan_run(build: Callable, config, topology: str, programs: Sequence[str]) -> Iterator[str]:
+    """What the programs of a run need on a machine, and what they can reach there: a paragraph
+    each, told as soon as it is known.
 
     build: config -> Task. topology: see `topology.find_machine`. Where the training step does not
     fit, the nearest setting that does is looked for, a compilation each. Raises ValueError where
@@ -90,19 +91,19 @@ def plan_run(build: Callable, config, topology: str, programs: Sequence[str]) ->
     machine, task = find_machine(topology, config.mesh), build(config)
     mesh = lay_out_mesh(machine, config.mesh)
     check_batch(config.batch_size, mesh)
-    text = [describe_setting(machine, mesh, config), ""]
+    yield describe_setting(machine, mesh, config)
     if machine.devices is None:
-        return "\n".join([*text, describe_sizes(machine, mesh, task)])
+        yield describe_sizes(machine, mesh, task)
+        return
     for name in programs:
         try:
-            compiled = compile_program(task, mesh, name)
-            text.append(describe_program(machine, mesh, task, compiled))
+            print(f"compiling {name}; this takes minutes", file=sys.stderr, flush=True)
+            yield describe_program(machine, mesh, task, compile_program(task, mesh, name))
         except OutOfMemoryError as error:
-            text.append(f"{name}: does not fit, it {error}")
+            verdict = f"{name}: does not fit, it {error}"
             if name == "train":
-                text.append(describe_fit(*find_fit(build, config, machine)))
-        text.append("")
-    return "\n".join(text).rstrip()
+                verdict += "\n" + describe_fit(*find_fit(build, config, machine))
+            yield verdict
 
 
 def run_in_child(topology: str) -> int | None:
@@ -175,7 +176,7 @@ def describe_sizes(machine: Machine, mesh, task: Task) -> str:
     if limit:
         verdict = f" of {human_bytes(limit)}: " + ("may fit" if least < limit else "does not fit")
     lines.append(f"  {'at least':<28}{human_bytes(least):>12}{verdict}")
-    cost = task.flops()
+    cost = sum(task.flops().values())
     if cost and machine.chip:
         seconds = cost * task.config.batch_size / (machine.count * machine.chip.flops)
         lines.append(f"  {cost * task.config.batch_size:.3g} model FLOPs, at least {seconds:.3g} s")
@@ -239,9 +240,8 @@ def describe_roofline(machine: Machine, mesh, task: Task, compiled: Compiled) ->
     lines.append(
         f"  a chip: {cost.flops:.3g} FLOPs, {human_bytes(cost.hbm_bytes)} through its memory"
     )
-    model = task.flops() if compiled.name == "train" else None
+    model = task.flops().get(compiled.name, 0.0) * task.config.batch_size / compiled.count
     if model:
-        model *= task.config.batch_size
         mfu = model / (machine.count * chip.flops * seconds[slowest])
         share = model / (machine.count * cost.flops)
         lines.append(

@@ -136,9 +136,10 @@ class Task:
     def report(self, params: Tree, state: Tree, results: dict, workdir: str) -> None:
         """Write figures and exports once, after the final evaluation (process 0 only)."""
 
-    def flops(self) -> float | None:
-        """Model FLOPs of one training example, forward and backward; None when not counted."""
-        return None
+    def flops(self) -> Mapping[str, float]:
+        """Model FLOPs of one training example by the program that computes them: `train`, forward
+        and backward, and what of `Sketch.programs` a step runs. {} when they are not counted."""
+        return {}
 
     def plan(self) -> list[PlanRow]:
         """Parts of the run by abstract shapes, nothing allocated."""

@@ -315,7 +315,7 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
         run.log = MetricLog(
             run.folder, resume_step=run.step, is_writer=run.writer, wandb=config.log.wandb
         )
-        run.lap = Progress(run.step, run.total, task.flops(), find_peak())
+        run.lap = Progress(run.step, run.total, sum(task.flops().values()), find_peak())
         run.profile = Profile(run.folder, config.log.profile, run.step)
         say(f"{'continuing at' if run.step else 'starting at'} step {run.step} of {run.total}")
         complete = run.loop()

@@ -303,9 +303,9 @@ class GeoDiTTask(Task):
     # -- sizes and results -----------------------------------------------------------------
 
     def flops(self):
-        train, data = self.config.train, self.config.data
-        stage = "adapters" if self.config.lora.rank else train.stage
-        return count_training_flops(self.model, data.text_length, stage, blind=data.blind)
+        stage = "adapters" if self.config.lora.rank else self.config.train.stage
+        length, blind = self.config.data.text_length, self.config.data.blind
+        return {"train": count_training_flops(self.model, length, stage, blind=blind)}
 
     def report(self, params, state, results, workdir):
         """The model in WORKDIR/export, in the layout of LLaDA-V, with its tokenizer."""

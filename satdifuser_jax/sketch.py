@@ -20,8 +20,8 @@ from satdifuser_jax.unet import unet_shapes
 from satdifuser_jax.vae import SpaceToDepth, vae_shapes
 
 
-def count_training_flops(task: Task, rows: int) -> float:
-    """Operations of one example in a batch of `rows`, traced, nothing loaded and nothing computed.
+def count_training_flops(task: Task, rows: int) -> dict[str, float]:
+    """Operations of one example in a batch of `rows` by program, traced, nothing is computed.
 
     What is trained costs three forward passes, what is frozen a single one; nothing counts twice.
     """
@@ -33,11 +33,10 @@ def count_training_flops(task: Task, rows: int) -> float:
         return task.loss(params, state, batch, key, task.phase(0))[:2]
 
     trained = count_flops(forward, sketch.params, sketch.state, sketch.batch, key)
-    frozen = sum(
-        part.count * count_flops(part.function, part.weights, part.batch)
-        for part in sketch.programs.values()
-    )
-    return (3 * trained + frozen) / rows
+    cost = {"train": 3 * trained / rows}
+    for name, part in sketch.programs.items():
+        cost[name] = part.count * count_flops(part.function, part.weights, part.batch) / rows
+    return cost
 
 
 # ----------------------------------------------------------------------------------- pretraining

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import ImageError, check_images, decode, decode_mask, digest_of
+from data.images import ImageError, NamedBytes, check_images, decode, decode_mask, digest_of
 
 
 def save(folder, name, array, **options):
@@ -57,6 +57,34 @@ def test_truncated_jpeg_is_refused_not_half_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-600])
     with pytest.raises(ImageError, match=r"a\.jpg"):
         decode(path)
+
+
+def pillow(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_jpegs_of_every_kind_have_the_pixels_that_pillow_gives(tmp_path, monkeypatch):
+    smooth = np.add.outer(np.arange(67), np.arange(45)).astype(np.uint8)
+    rgb = np.stack([smooth, smooth.max() - smooth, noise(67, 45)], -1)
+    kinds = {f"chroma{k}": {"subsampling": k, "quality": 60} for k in (0, 1, 2)}
+    kinds |= {"progressive": {"progressive": True}, "stored": {"keep_rgb": True}}
+    files = [save(tmp_path, f"{name}.jpg", rgb, **options) for name, options in kinds.items()]
+    files.append(save(tmp_path, "grey.jpg", rgb[..., 0]))
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for path in [*files, tmp_path / "cmyk.jpg"]:
+        np.testing.assert_array_equal(decode(path), pillow(path), path.name)
+        named = NamedBytes(path.read_bytes(), path.name)
+        np.testing.assert_array_equal(decode(named), pillow(path), path.name)
+    monkeypatch.setattr("data.images._decode_any", None)
+    for path in files[:4]:  # in colour: not by Pillow
+        assert decode(path).shape == (67, 45, 3)
+
+
+def test_real_jpegs_have_the_pixels_that_pillow_gives(eo_data):
+    paths = sorted(eo_data.rglob("*.jpg"))[::40]
+    assert paths
+    for path in paths:
+        np.testing.assert_array_equal(decode(path), pillow(path), path.name)
 
 
 def test_masks_keep_their_numbers(tmp_path):

@@ -83,13 +83,13 @@ def test_the_nearest_setting_that_fits_is_found(monkeypatch):
 
 def test_what_is_not_compiled_is_told_as_shapes_and_bytes():
     config = config_for(64, data=-1)
-    told = plan.plan_run(LinearTask, config, "H200:8", ["train"])
+    told = "\n".join(plan.plan_run(LinearTask, config, "H200:8", ["train"]))
     assert "H200:8: 8 chips, 141 GiB each; mesh dcn=1 data=8" in told
     assert "not compiled" in told and "of 141.0 GiB: may fit" in told
     assert f"{'parameters in training':<28}{'36 B':>12}" in told  # 2 x 3 and 3
     assert f"{'optimiser':<28}" in told
     with pytest.raises(ValueError, match="batch_size=12 is not divisible by 8"):
-        plan.plan_run(LinearTask, config_for(12, data=-1), "H200:8", ["train"])
+        list(plan.plan_run(LinearTask, config_for(12, data=-1), "H200:8", ["train"]))
 
 
 def test_what_the_backward_pass_needs_grows_with_the_batch():
@@ -106,7 +106,9 @@ def test_a_program_is_told_with_its_exchanges_and_its_shortest_time(monkeypatch)
     gather = Collective("all-gather", (0, 1, 2, 3), 32, 100e9)  # a second over two links
     cost = Cost(197e12 / 2, 0.819e12 / 4, (gather,), 1)
     compiled = Compiled("train", 3 * GIB, 6 * GIB, cost, 7.0, 1)
-    task = types.SimpleNamespace(flops=lambda: 197e12 / 10, config=ConfigDict({"batch_size": 8}))
+    task = types.SimpleNamespace(
+        flops=lambda: {"train": 197e12 / 10}, config=ConfigDict({"batch_size": 8})
+    )
     monkeypatch.setattr(plan, "state_rows", lambda task, mesh: [("parameters", 3 * GIB)])
     told = plan.describe_program(machine, mesh, task, compiled)
     assert "6.0 GiB of 16.0 GiB a chip" in told

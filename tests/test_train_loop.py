@@ -247,7 +247,7 @@ def kept_steps(workdir) -> list[int]:
 def test_a_profile_of_a_few_steps_and_the_mfu_are_asked_for_by_config(tmp_path, monkeypatch):
     class Counted(LinearTask):
         def flops(self):
-            return 1000.0
+            return {"encode": 400.0, "train": 600.0}
 
     monkeypatch.setattr("common_jax.metric_log.peak_flops", lambda kind: 1e9)
     assert run(tmp_path, Counted, **{"log.profile": 2, "eval.every": 100}) == 0
