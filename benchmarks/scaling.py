@@ -1,11 +1,12 @@
-"""The same run on other meshes and in several processes: equal steps, and what devices exchange.
+"""Weak scaling on meshes and in several processes: equal steps, and what devices exchange.
 
-    python -m benchmarks.scaling [--steps=10] [--systems=geodit,unet] [--out=scaling.json]
+    python -m benchmarks.scaling [--steps=10] [--rows=2] [--systems=geodit,unet] [--out=FILE.json]
 
-Every run is the training loop on a tiny model and the built-in scenes. The table has the largest
-relative differences of losses and gradient norms to those of 1 device, and for 8 devices the bytes
-that each sends in a step as the compiled program says, beside those that sums of gradients and
-split parameters cannot do without (`least_bytes`). Programs for CPUs have no reduce-scatter: a sum
+Every run is the training loop on a tiny model and the built-in scenes, with `rows` examples a
+device. The table has the largest relative differences of losses and gradient norms to those of 1
+device with the same batch, and for 8 devices the bytes that each sends in a step as the compiled
+program says, beside those that sums of gradients and split parameters cannot do without
+(`least_bytes`), whatever the batch. Programs for CPUs have no reduce-scatter: a sum
 of which every device needs a part costs there what a whole one costs.
 """
 
@@ -25,10 +26,10 @@ from common_jax.report import format_table
 from tests.hosts import ROOT, find_port
 
 SYSTEMS = ("geodit", "unet")
-BATCH = 8
+ALONE = "1 device"
 # processes, devices of each, sizes of the mesh
 CASES = {
-    "1 device": (1, 1, {}),
+    ALONE: (1, 1, {}),
     "8 devices": (1, 8, {"data": 8}),
     "8 devices, fsdp 4": (1, 8, {"data": 2, "fsdp": 4}),
     "8 devices, fsdp 2, tensor 2": (1, 8, {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -39,7 +40,7 @@ CASES = {
 
 
 # ------------------------------------------------------------------------------ inside a process
-def make_task(system: str, sizes: dict, steps: int):
+def make_task(system: str, case: str, batch: int, steps: int):
     """Task of a tiny run without evaluation, on scenes."""
     from configs import geodit_sft, satdifuser_pretrain
     from geodit_jax.task import GeoDiTTask
@@ -47,15 +48,15 @@ def make_task(system: str, sizes: dict, steps: int):
 
     is_geodit = system == "geodit"
     config = (geodit_sft if is_geodit else satdifuser_pretrain).get_config("tiny")
-    changes = {"batch_size": BATCH, "optim.steps": steps, "eval.every": steps, "data.size": 64}
+    changes = {"batch_size": batch, "optim.steps": steps, "eval.every": steps, "data.size": 64}
     changes |= {"data.val": "none", "eval.select": ""} if is_geodit else {"eval.samples": 0}
-    changes |= {f"mesh.{axis}": size for axis, size in sizes.items()}
+    changes |= {f"mesh.{axis}": size for axis, size in CASES[case][2].items()}
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     return (GeoDiTTask if is_geodit else PretrainTask)(config)
 
 
-def run_process(system: str, case: str, steps: int, workdir: str, place: list) -> int:
+def run_process(system: str, case: str, batch: int, steps: int, workdir: str, place: list) -> int:
     """One process of a run; with several devices it also writes what they exchange."""
     from absl import flags
 
@@ -66,11 +67,10 @@ def run_process(system: str, case: str, steps: int, workdir: str, place: list) -
 
     port, process, count = place
     join_processes(*((f"localhost:{port}", count, process) if count > 1 else (None, 1, None)))
-    sizes, devices = CASES[case][2], CASES[case][1]
-    task = make_task(system, sizes, steps)
+    task = make_task(system, case, batch, steps)
     status = train(task, task.config, workdir, Pipeline(train_batches, eval_batches))
-    if devices > 1:
-        found = count_exchanged(make_task(system, sizes, steps))
+    if CASES[case][1] > 1:
+        found = count_exchanged(make_task(system, case, batch, steps))
         write_json(Path(workdir) / "exchanged.json", found)
     return status
 
@@ -84,7 +84,7 @@ def count_exchanged(task) -> dict[str, float]:
 
     mesh = open_mesh(task.config.mesh)
     program = compile_program(task, mesh, "train")
-    params = sketch_state(task, task.sketch(mesh, BATCH), mesh)[0].params
+    params = sketch_state(task, task.sketch(mesh, task.config.batch_size), mesh)[0].params
     by_kind: dict[str, float] = {}
     for made in program.cost.collectives:
         by_kind[made.kind] = by_kind.get(made.kind, 0.0) + made.bytes
@@ -121,15 +121,15 @@ def _names(entry) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------ around them
-def run_case(system: str, case: str, steps: int, folder: Path) -> dict:
+def run_case(system: str, case: str, batch: int, steps: int, folder: Path) -> dict:
     """Losses and gradient norms of one run, and what was exchanged where that is known."""
     count, devices, _ = CASES[case]
-    workdir, port = folder / system / case.replace(" ", "_"), find_port()
+    workdir, port = folder / system / f"{case} of {batch}".replace(" ", "_"), find_port()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     processes = []
     for process in range(count):
-        inner = json.dumps([system, case, steps, str(workdir), [port, process, count]])
+        inner = json.dumps([system, case, batch, steps, str(workdir), [port, process, count]])
         command = [sys.executable, "-m", "benchmarks.scaling", f"--inside={inner}"]
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -159,6 +159,7 @@ def compare(found: dict, alone: dict, name: str) -> float:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=2, help="examples a device")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--out", default="")
     parser.add_argument("--inside", default="", help=argparse.SUPPRESS)
@@ -168,13 +169,18 @@ def main(argv=None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for system in given.systems.split(","):
-            alone = None
-            for case in CASES:
-                found = run_case(system, case, given.steps, Path(folder))
-                alone = alone or found
-                row = {"system": system, "run": case, "last loss": found["loss"][-1]}
+            alone: dict[int, dict] = {}
+            for case, (count, devices, _) in CASES.items():
+                if case == ALONE:
+                    continue
+                batch = given.rows * count * devices
+                settings = batch, given.steps, Path(folder)
+                alone[batch] = alone.get(batch) or run_case(system, ALONE, *settings)
+                found = run_case(system, case, *settings)
+                row = {"system": system, "run": case, "batch": batch}
+                row["last loss"] = found["loss"][-1]
                 for name in ("loss", "grad_norm"):
-                    row[f"{name} differs"] = compare(found, alone, name)
+                    row[f"{name} differs"] = compare(found, alone[batch], name)
                 if "sent" in found:
                     row |= {name: found[name] / 2**20 for name in ("parameters", "sent", "least")}
                     row["exchanged"] = {k: v for k, v in found.items() if "-" in k}
@@ -182,8 +188,8 @@ def main(argv=None) -> int:
                 rows.append(row)
     sizes = [(name, ".2f") for name in ("parameters", "sent", "least")]
     differences = [("loss differs", ".1e"), ("grad_norm differs", ".1e")]
-    columns = ["system", "run", ("last loss", ".6f"), *differences, *sizes]
-    title = f"{given.steps} steps of batch {BATCH}; MiB that a device holds and sends in a step"
+    columns = ["system", "run", "batch", ("last loss", ".6f"), *differences, *sizes]
+    title = f"{given.steps} steps, {given.rows} examples a device; MiB held and sent by each a step"
     print(format_table(rows, columns, title=title))
     if given.out:
         write_json(Path(given.out), rows)

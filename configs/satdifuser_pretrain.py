@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.context_dim = 64  # without a text tower
     c.model.metadata = True  # the seven metadata embeddings
     c.model.prediction_type = ""  # v_prediction | epsilon; "" = that of the weights, else v
+    c.model.zero_snr = False  # the last time is pure noise; False = as SD 2.1, or the weights
     c.model.min_snr_gamma = 5.0  # 0 = plain mean squared error
     c.model.min_snr_mode = "corrected"  # corrected | published (epsilon form on v targets)
     c.model.metadata_dropout = 0.1  # chance of each field of each image to become 0

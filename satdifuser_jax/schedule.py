@@ -28,7 +28,6 @@ _REQUIRED = {
     "steps_offset": (0, 1),
     "clip_sample": (True, False),
     "thresholding": (False, False),
-    "rescale_betas_zero_snr": (False, False),
     "timestep_spacing": ("leading", "leading"),
     "trained_betas": (None, None),
 }
@@ -39,18 +38,26 @@ class ScheduleError(ValueError):
 
 
 @functools.lru_cache(maxsize=16)
-def alpha_bar_table(kind: str, start: float, end: float, steps: int) -> np.ndarray:
+def alpha_bar_table(
+    kind: str, start: float, end: float, steps: int, zero_snr: bool = False
+) -> np.ndarray:
     """prod_{s<=t} (1 - beta_s) as float32 [steps]; read-only.
 
     The roundings are those of the published table, so the values are the same bits: betas spaced
     in float32 from both ends, 1 - beta rounded to float32, the product carried in float64.
+    zero_snr: roots shifted and stretched so that the first stays and the last is 0
+    (arXiv 2305.08891, algorithm 1).
     """
     if kind == "scaled_linear":
         beta = _spaced(start**0.5, end**0.5, steps)
         beta = beta * beta
     else:
         beta = _spaced(start, end, steps)
-    table = np.cumprod((np.float32(1) - beta).astype(np.float64)).astype(np.float32)
+    table = np.cumprod((np.float32(1) - beta).astype(np.float64))
+    if zero_snr:
+        root = np.sqrt(table)
+        table = np.square((root - root[-1]) * (root[0] / (root[0] - root[-1])))
+    table = table.astype(np.float32)
     table.setflags(write=False)
     return table
 
@@ -68,8 +75,9 @@ def _spaced(start: float, end: float, steps: int) -> np.ndarray:
 class Schedule:
     """A DDIM schedule with leading spacing and offset 1; the defaults are those of SD 2.1 (768).
 
-    `prediction_type` is what the network was trained to predict. Hashable, so it can be a static
-    argument of a jitted function.
+    `prediction_type` is what the network was trained to predict. With `rescale_betas_zero_snr` the
+    last time is pure noise; without, 7 % of the picture are left there, and what is broad in it
+    (brightness, colour) outweighs the noise. Hashable: a static argument of jitted functions.
     """
 
     num_train_timesteps: int = 1000
@@ -78,6 +86,7 @@ class Schedule:
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "v_prediction"
     set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
         if self.prediction_type not in TRAINED_TYPES:
@@ -87,6 +96,11 @@ class Schedule:
         if self.beta_schedule not in BETA_SCHEDULES:
             raise ScheduleError(
                 f"beta_schedule={self.beta_schedule!r} is not supported; use {BETA_SCHEDULES}"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type != "v_prediction":
+            raise ScheduleError(
+                "rescale_betas_zero_snr needs prediction_type=v_prediction: at its last time the "
+                "noise is all there is, and a network that predicts it learns nothing"
             )
 
     @classmethod
@@ -122,7 +136,11 @@ class Schedule:
     def alphas_cumprod(self) -> np.ndarray:
         """alpha_bar at 0..num_train_timesteps-1, float32."""
         return alpha_bar_table(
-            self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps
+            self.beta_schedule,
+            self.beta_start,
+            self.beta_end,
+            self.num_train_timesteps,
+            self.rescale_betas_zero_snr,
         )
 
     @property
@@ -178,8 +196,9 @@ class Schedule:
         if mode not in SNR_MODES:
             raise ScheduleError(f"min_snr mode={mode!r} is not one of {SNR_MODES}")
         snr = self.snr(t)
-        is_corrected_v = mode == "corrected" and self.prediction_type == "v_prediction"
-        return jnp.minimum(snr, gamma) / (snr + 1.0 if is_corrected_v else snr)
+        if mode == "corrected" and self.prediction_type == "v_prediction":
+            return jnp.minimum(snr, gamma) / (snr + 1.0)
+        return jnp.minimum(1.0, gamma / snr)  # 1 at snr 0
 
     def inversion_grid(self, num_timesteps: int) -> np.ndarray:
         """Times r*j + 1, j = 0..N-1, r = num_train_timesteps // N, int64 ascending."""
@@ -226,6 +245,11 @@ class Schedule:
         t = self.inversion_grid(num_steps)[::-1]
         previous = t - self.num_train_timesteps // num_steps
         table = self.alphas_cumprod
+        if table[t[0]] == 0:
+            raise ScheduleError(
+                f"{num_steps} sampling steps begin at pure noise, where epsilon says nothing; take "
+                f"at most {self.num_train_timesteps // 2}"
+            )
         after = np.where(previous >= 0, table[np.maximum(previous, 0)], self.final_alpha_bar)
         return t.copy(), table[t], after.astype(np.float32)
 

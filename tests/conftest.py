@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # most of the optimisations for speed the programs are the same and are made in half the time.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1 "
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false",
 )
 # Workers of pytest-xdist and subprocesses of tests compile the same small programs: share them.

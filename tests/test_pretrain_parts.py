@@ -48,13 +48,15 @@ def test_every_part_of_a_pipeline_is_found_without_reading_weights(pipeline):
     }
 
 
-def test_the_prediction_type_is_that_of_the_weights_unless_asked_for(tmp_path):
+def test_the_schedule_is_that_of_the_weights_unless_asked_for(tmp_path):
     epsilon = Schedule(prediction_type="epsilon")
     export_pipeline(tmp_path, make_components(), epsilon)
     model = settings(weights=str(tmp_path), text="none")
     assert find_parts(model, 16).schedule == epsilon
     model = settings(weights=str(tmp_path), text="none", prediction_type="v_prediction")
     assert find_parts(model, 16).schedule == Schedule()
+    model = settings(zero_snr=True)
+    assert find_parts(model, 16).schedule == Schedule(rescale_betas_zero_snr=True)
 
 
 def test_stable_diffusion_gets_new_metadata_embeddings_and_keeps_its_weights(pipeline):

@@ -9,6 +9,7 @@ from conftest import golden_cases, rel_error
 from satdifuser_jax.schedule import Schedule, ScheduleError, ddim_step
 
 SCHEDULE = Schedule()
+ZERO_SNR = Schedule(rescale_betas_zero_snr=True)
 # Published constants: t, alpha_bar, sqrt(alpha_bar), sqrt(1 - alpha_bar).
 CONSTANTS = [
     (1, 0.99829602, 0.99914765, 0.04127926),
@@ -43,10 +44,13 @@ def test_table_noise_velocity_and_sampling_equal_diffusers():
     torch = pytest.importorskip("torch")
     from diffusers import DDIMScheduler
 
-    for kind in ("v_prediction", "epsilon"):
-        ours = Schedule(prediction_type=kind)
+    for ours in (SCHEDULE, Schedule(prediction_type="epsilon"), ZERO_SNR):
         theirs = DDIMScheduler.from_config(ours.to_config())
-        np.testing.assert_array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
+        table = theirs.alphas_cumprod.numpy()
+        if ours.rescale_betas_zero_snr:  # diffusers goes from the table to betas and back, rounded
+            np.testing.assert_allclose(ours.alphas_cumprod, table, rtol=2e-5, atol=1e-9)
+        else:
+            np.testing.assert_array_equal(ours.alphas_cumprod, table)
         rng = np.random.default_rng(0)
         x, n, out = rng.normal(size=(3, 3, 4, 4, 2)).astype(np.float32)
         t = np.array([0, 333, 999])
@@ -128,6 +132,18 @@ def test_min_snr_weights_published_and_corrected():
         SCHEDULE.min_snr_weight(t, mode="official")
 
 
+def test_a_schedule_that_ends_in_noise_keeps_its_start_and_finite_weights():
+    table = ZERO_SNR.alphas_cumprod
+    assert table[0] == SCHEDULE.alphas_cumprod[0] and table[-1] == 0
+    assert np.all(np.diff(table) < 0)
+    np.testing.assert_array_equal(ZERO_SNR.min_snr_weight(np.array([999])), [1.0])
+    np.testing.assert_array_equal(ZERO_SNR.min_snr_weight(np.array([999]), mode="corrected"), [0.0])
+    with pytest.raises(ScheduleError, match="needs prediction_type=v_prediction"):
+        Schedule(prediction_type="epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(ScheduleError, match="999 sampling steps begin at pure noise"):
+        ZERO_SNR.sampling_steps(999)
+
+
 @pytest.mark.parametrize(
     "key,value",
     [
@@ -136,7 +152,6 @@ def test_min_snr_weights_published_and_corrected():
         ("prediction_type", "sample"),
         ("beta_schedule", "squaredcos_cap_v2"),
         ("timestep_spacing", "trailing"),
-        ("rescale_betas_zero_snr", True),
         ("clip_sample", True),
     ],
 )
@@ -146,7 +161,8 @@ def test_an_unsupported_scheduler_setting_is_refused_by_name(key, value):
 
 
 def test_config_round_trip_and_defaults_of_absent_fields():
-    for schedule in (SCHEDULE, Schedule(prediction_type="epsilon", beta_schedule="linear")):
+    linear = Schedule(prediction_type="epsilon", beta_schedule="linear")
+    for schedule in (SCHEDULE, ZERO_SNR, linear):
         assert Schedule.from_config(schedule.to_config()) == schedule
     bare = SCHEDULE.to_config()
     del bare["prediction_type"]
