@@ -36,7 +36,7 @@ from satdifuser_jax.text_encoder import TextConfig, init_text_encoder
 WORKDIR = flags.DEFINE_string("workdir", "runs/small_diffusionsat", "Folder of everything.")
 STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of 32 pictures.")
 GSD = 0.3048  # metres: UC Merced pictures are cut from orthophotos of one foot a pixel
-SIDE = 64
+SIDE = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPTS = (
     "a satellite image of a river",
@@ -68,7 +68,8 @@ NETWORK = {
     "model.heads": (2, 3, 4),
     "model.layers_per_block": 1,
     "optim.warmup_epochs": 2.0,
-    "data.smallest_crop": 192,
+    "model.patch": 2,
+    "data.smallest_crop": 224,
     "eval.every": 500,
     "eval.guidance": 2.0,
     "checkpoint.every": 100,
