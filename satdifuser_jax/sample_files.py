@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from satdifuser_jax.extract import Backbone, on_device
 from satdifuser_jax.figures import save_grid
 from satdifuser_jax.preprocess import to_uint8
 from satdifuser_jax.sampling import SampleConfig, sample_images
+
+MAX_COLUMNS = 10  # of the grid: a column for each prompt up to this many
 
 
 class Sampler(NamedTuple):
@@ -123,4 +126,18 @@ def write_samples(
     about = dataclasses.asdict(drawing) | {"metadata": dict(fields)}
     rows = [{"file": f"{i:04d}.png", "prompt": prompts[p], **about} for i, p in enumerate(chosen)]
     write_atomic(out / "samples.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
-    return save_grid(np.stack(images), out / "grid.png", titles=[prompts[p] for p in chosen])
+    labels, columns = label_prompts(prompts), len(prompts)
+    return save_grid(
+        np.stack(images),
+        out / "grid.png",
+        titles=[labels[p] for p in chosen],
+        columns=columns if 1 < columns <= MAX_COLUMNS else None,
+    )
+
+
+def label_prompts(prompts: Sequence[str]) -> list[str]:
+    """Prompts without the words that all of them begin with, where something is left of each."""
+    words = [prompt.split() for prompt in prompts]
+    same = len(commonprefix(words)) if len(words) > 1 else 0
+    labels = [" ".join(each[same:]) for each in words]
+    return labels if all(labels) else list(prompts)

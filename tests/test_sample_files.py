@@ -10,6 +10,7 @@ from PIL import Image
 from satdifuser_jax.sample_files import (
     DrawConfig,
     Sampler,
+    label_prompts,
     parse_drawing,
     parse_metadata,
     write_samples,
@@ -83,3 +84,10 @@ def test_settings_are_read_and_wrong_ones_named():
         parse_metadata(["clouds=0.5"])
     with pytest.raises(ValueError, match="no metadata embeddings"):
         write_samples(sampler(), DrawConfig(), PROMPTS, {"gsd": 1.0}, "nowhere")
+
+
+def test_prompts_under_pictures_are_what_tells_them_apart():
+    prompts = ["a satellite image of a river", "a satellite image of an airplane"]
+    assert label_prompts(prompts) == ["a river", "an airplane"]
+    for whole in (["a river"], ["a river", "a river"], ["a river", "a river bed"]):
+        assert label_prompts(whole) == whole
