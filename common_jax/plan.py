@@ -25,6 +25,7 @@ from common_jax.topology import (
     axes_of,
     bytes_per_device,
     compile_program,
+    count_rows,
     find_machine,
     lay_out_mesh,
     place_batch,
@@ -240,8 +241,9 @@ def describe_roofline(machine: Machine, mesh, task: Task, compiled: Compiled) ->
     lines.append(
         f"  a chip: {cost.flops:.3g} FLOPs, {human_bytes(cost.hbm_bytes)} through its memory"
     )
-    model = task.flops().get(compiled.name, 0.0) * task.config.batch_size / compiled.count
+    model = task.flops().get(compiled.name, 0.0) / compiled.count
     if model:
+        model *= count_rows(task.config, compiled.name)
         mfu = model / (machine.count * chip.flops * seconds[slowest])
         share = model / (machine.count * cost.flops)
         lines.append(

@@ -175,9 +175,7 @@ def bytes_per_device(tree) -> int:
 def compile_program(task: Task, mesh, name: str) -> Compiled:
     """One program of a run, compiled for the devices of `mesh`: `train`, `eval`, or one that the
     task sketches beside them. Raises OutOfMemoryError, ValueError for an unknown name."""
-    config = task.config
-    rows = config.batch_size if name == "train" else config.eval.batch_size or config.batch_size
-    sketch = task.sketch(mesh, rows)
+    sketch = task.sketch(mesh, count_rows(task.config, name))
     known = ("train", "eval", *sketch.programs)
     if name not in known:
         raise ValueError(f"--programs: {name!r} is not one of {', '.join(known)}")
@@ -193,6 +191,11 @@ def compile_program(task: Task, mesh, name: str) -> Compiled:
     memory, cost = compiled.memory_analysis(), read_program(compiled.as_text())
     arguments = memory.argument_size_in_bytes
     return Compiled(name, arguments, memory.peak_memory_in_bytes, cost, seconds, count)
+
+
+def count_rows(config, name: str) -> int:
+    """Examples in the batch of a program."""
+    return config.batch_size if name == "train" else config.eval.batch_size or config.batch_size
 
 
 def _lower_train(task: Task, sketch: Sketch, mesh):
