@@ -21,6 +21,9 @@ from common_jax.metric_log import say
 FREE_GROUPS = ("mesh", "log", "eval", "checkpoint")
 FREE_KEYS = ("optim.steps", "optim.epochs", "data.workers", "data.cache_dir", "model.pool")
 
+# Settings that a task got later, with what its earlier runs computed; those are read with them.
+ADDED = {"satdifuser_pretrain": {"model.zero_snr": False}}
+
 
 class WorkdirError(RuntimeError):
     """The workdir belongs to another run, or to another process."""
@@ -47,13 +50,18 @@ def read_config(path: str | os.PathLike) -> dict:
     if not file.is_file():
         raise WorkdirError(f"{file} does not exist: no run was started in this workdir")
     config: dict = {}
-    for name, value in read_json(file).items():
+    for name, value in _read_flat(file).items():
         *groups, leaf = name.split(".")
         place = config
         for group in groups:
             place = place.setdefault(group, {})
         place[leaf] = _to_tuple(value)
     return config
+
+
+def _read_flat(file: Path) -> dict:
+    flat = read_json(file)
+    return ADDED.get(flat.get("task"), {}) | flat
 
 
 def _to_tuple(value):
@@ -96,7 +104,7 @@ def open_workdir(path: str, config, *, is_writer: bool) -> Path:
     wanted = json.loads(json.dumps(flatten_config(config)))
     known = folder / "config.json"
     if known.exists():
-        _check_same_run(folder, read_json(known), wanted)
+        _check_same_run(folder, _read_flat(known), wanted)
     if is_writer:
         write_json(known, wanted)
         with (folder / "command.txt").open("a") as file:

@@ -66,8 +66,7 @@ def find_parts(model, side: int) -> Parts:
         folders["vae"] = Path(model.vae)
     if model.text not in ("", SD21, NO_TEXT):
         folders |= {name: Path(model.text) / name for name in ("text_encoder", "tokenizer")}
-    zero_snr = model.get("zero_snr", False)  # runs of before it have no such setting
-    chosen = {"prediction_type": model.prediction_type, "rescale_betas_zero_snr": zero_snr}
+    chosen = {"prediction_type": model.prediction_type, "rescale_betas_zero_snr": model.zero_snr}
     schedule = dataclasses.replace(schedule, **{key: it for key, it in chosen.items() if it})
     codec, text = _find_codec(model, folders), _find_text(model, folders)
     width = text.hidden_size if text else model.context_dim

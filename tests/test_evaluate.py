@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from common_jax.checkpoint import CheckpointError, read_checkpoint
 from common_jax.evaluate import evaluate_workdir, restore_trained
+from common_jax.files import read_json, write_json
 from common_jax.sharding import make_mesh
 from common_jax.train_loop import Pipeline, train
 from common_jax.workdir import WorkdirError, check_config, open_workdir, read_config
+from configs import satdifuser_pretrain
 from data.pipeline import eval_batches, train_batches
 from tests.linear_task import LinearTask, linear_config
 
@@ -114,3 +116,17 @@ def test_a_stored_config_comes_back_as_it_was(tmp_path):
     with pytest.raises(WorkdirError, match=r"model\.keys: \(47, 45\) there, \(47,\) now"):
         check_config(tmp_path, ConfigDict(found | {"model": found["model"] | {"keys": (47,)}}))
     check_config(tmp_path, ConfigDict(found | {"seed": 7}), ignored=("se",))
+
+
+def test_a_run_of_before_a_setting_is_read_and_resumed_as_it_computed(tmp_path):
+    config = satdifuser_pretrain.get_config("tiny")
+    open_workdir(str(tmp_path), config, is_writer=True)
+    stored = read_json(tmp_path / "config.json")
+    del stored["model.zero_snr"]
+    write_json(tmp_path / "config.json", stored)
+    assert read_config(tmp_path)["model"]["zero_snr"] is False
+    open_workdir(str(tmp_path), config, is_writer=True)
+    del stored["model.min_snr_gamma"]
+    write_json(tmp_path / "config.json", stored)
+    with pytest.raises(WorkdirError, match=r"min_snr_gamma: None there, 5\.0 now"):
+        open_workdir(str(tmp_path), config, is_writer=True)
