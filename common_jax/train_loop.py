@@ -30,7 +30,7 @@ from common_jax.sharding import check_batch, merge_trees, open_mesh, put_batch
 from common_jax.stalls import StallWatch
 from common_jax.task import Task
 from common_jax.train_step import TrainState, jit_step, start_state
-from common_jax.workdir import enter_workdir, open_workdir
+from common_jax.workdir import DONE, enter_workdir, is_finished
 
 SHOWN_METRICS = 4  # of an evaluation on the screen; metrics.jsonl has all
 PREEMPTED = 75  # exit status of a run that saved and stopped on SIGTERM (EX_TEMPFAIL: run again)
@@ -278,7 +278,7 @@ class Run:
         if self.writer:
             self.task.report(*scored, results, str(self.folder))
             write_json(self.folder / "results.json", results)
-            write_atomic(self.folder / "DONE", b"")
+            write_atomic(self.folder / DONE, b"")
         return results
 
     def close(self) -> None:
@@ -298,8 +298,7 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
     that is not finite, CheckpointError, WorkdirError, ValueError on settings that cannot work.
     """
     started = time.perf_counter()
-    if (Path(workdir) / "DONE").exists():
-        open_workdir(workdir, config, is_writer=False)
+    if is_finished(workdir, config):
         say(f"{workdir} is finished (results in results.json); nothing to do")
         return 0
     run = Run(task, config, workdir, pipeline)

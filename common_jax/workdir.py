@@ -19,10 +19,13 @@ from common_jax.metric_log import say
 
 # Settings that change how a run is executed, not what it computes.
 FREE_GROUPS = ("mesh", "log", "eval", "checkpoint")
-FREE_KEYS = ("optim.steps", "optim.epochs", "data.workers", "data.cache_dir", "model.pool")
+LENGTHS = ("optim.steps", "optim.epochs")
+FREE_KEYS = (*LENGTHS, "data.workers", "data.cache_dir", "model.pool")
 
 # Settings that a task got later, with what its earlier runs computed; those are read with them.
 ADDED = {"satdifuser_pretrain": {"model.zero_snr": False}}
+
+DONE = "DONE"  # this file says that a run came to its end and was scored
 
 
 class WorkdirError(RuntimeError):
@@ -97,7 +100,8 @@ def _is_free(key: str) -> bool:
 def open_workdir(path: str, config, *, is_writer: bool) -> Path:
     """Create or re-enter a workdir; refuses a config that would be another run, naming the keys.
 
-    Returns the folder. Files: config.json, command.txt, env.txt.
+    Returns the folder. Files: config.json, command.txt, env.txt. With `is_writer` the run is open
+    again, were it finished or not.
     """
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +110,7 @@ def open_workdir(path: str, config, *, is_writer: bool) -> Path:
     if known.exists():
         _check_same_run(folder, _read_flat(known), wanted)
     if is_writer:
+        (folder / DONE).unlink(missing_ok=True)
         write_json(known, wanted)
         with (folder / "command.txt").open("a") as file:
             file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
@@ -120,7 +125,7 @@ def _check_same_run(folder: Path, found: dict, wanted: dict) -> None:
         f"{k}: {found.get(k)!r} there, {wanted.get(k)!r} now" for k in changed if k not in free
     ]
     # More steps continue a run; fewer would end it before its checkpoint.
-    for key in ("optim.steps", "optim.epochs"):
+    for key in LENGTHS:
         if (wanted.get(key) or 0) < (found.get(key) or 0):
             fixed.append(f"{key}: {found[key]} there, {wanted.get(key)} now (may only grow)")
     if fixed:
@@ -130,6 +135,21 @@ def _check_same_run(folder: Path, found: dict, wanted: dict) -> None:
         )
     for key in free:
         say(f"config change kept: {key} was {found.get(key)!r}, now {wanted.get(key)!r}")
+
+
+def is_finished(path: str | os.PathLike, config) -> bool:
+    """Whether the run there came to its end; one that is to be longer now did not.
+
+    Raises WorkdirError when the run there has another config.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / DONE).exists():
+        return False
+    found, wanted = _read_flat(folder / "config.json"), flatten_config(config)
+    if any((wanted.get(key) or 0) > (found.get(key) or 0) for key in LENGTHS):
+        return False
+    open_workdir(path, config, is_writer=False)
+    return True
 
 
 def enter_workdir(path: str, config):

@@ -73,7 +73,6 @@ def test_four_examples_are_learnt(workdir):
 
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(workdir, tmp_path):
     for steps in (3, 5):
-        (tmp_path / "DONE").unlink(missing_ok=True)
         config = tiny(**LEARNING, **{"optim.steps": steps, "data.val": "none", "eval.select": ""})
         assert train(GeoDiTTask(config), config, str(tmp_path), PIPELINE) == 0
     whole = losses(workdir)

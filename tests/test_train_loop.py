@@ -88,6 +88,19 @@ def test_another_config_in_the_same_workdir_is_refused_naming_the_key(tmp_path):
         run(tmp_path, **{"optim.steps": 3})
 
 
+def test_a_finished_run_goes_on_when_it_is_to_be_longer(tmp_path):
+    settings = {"optim.schedule": "constant", "eval.every": 100}
+    assert run(tmp_path / "whole", **settings, **{"optim.steps": 9}) == 0
+    assert run(tmp_path / "longer", **settings, **{"optim.steps": 6}) == 0
+    assert run(tmp_path / "longer", **settings, **{"optim.steps": 9}) == 0
+    assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
+    assert json.loads((tmp_path / "longer" / "results.json").read_text())["step"] == 9
+    assert (tmp_path / "longer" / "DONE").exists()
+    with pytest.raises(WorkdirError, match=r"optim\.lr: 0\.01 there, 0\.5 now"):
+        run(tmp_path / "longer", **settings, **{"optim.steps": 12, "optim.lr": 0.5})
+    assert (tmp_path / "longer" / "DONE").exists()
+
+
 def test_a_second_process_on_the_same_workdir_is_refused(tmp_path):
     held = lock_workdir(tmp_path)
     with pytest.raises(WorkdirError, match="in use by process"):
