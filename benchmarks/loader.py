@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measure import alternate
+from common_jax.host_memory import use_huge_pages
 from data.images import is_image
 from data.pipeline import train_batches
 from data.prepare import main as prepare
@@ -192,4 +193,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as launch.py does
     sys.exit(main())

@@ -15,12 +15,15 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 Example = dict[str, Any]
 Transform = Callable[[Example, np.random.Generator], Example]
 
 # Grain prefetches 500 elements by default; an element here is a whole batch.
 THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+NUMBERS = "biuf"  # kinds of dtype
 
 
 class _Transforms:
@@ -58,24 +61,40 @@ def _add_index(index: int, example: Example) -> Example:
     return dict(example) | {"index": np.int64(index)}
 
 
-def _stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Stacks every key; keys, shapes and types must agree over the batch."""
-    batch = {}
-    for key in examples[0]:
-        try:
-            batch[key] = np.stack([np.asarray(example[key]) for example in examples])
-        except (KeyError, ValueError) as error:
-            found = [np.shape(e[key]) if key in e else "absent" for e in examples]
-            raise ValueError(
-                f"examples {[e.get('id', '?') for e in examples]} cannot be batched: "
-                f"'{key}' has shapes {found}; add a transform that brings them to one shape"
-            ) from error
-    return batch
+class _Stack:
+    """Examples -> their batch; keys, shapes and types must agree over it.
 
+    Grain asks it for shared memory in worker processes: pictures are then copied once on their way.
+    """
 
-def _stack_numbers(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    batch = _stack(examples)
-    return {key: value for key, value in batch.items() if value.dtype.kind in "biuf"}
+    def __init__(self, only_numbers: bool):
+        self.only_numbers, self.empty = only_numbers, np.empty
+
+    def enable_shared_memory_output(self) -> None:
+        self.empty = SharedMemoryArray
+
+    def __call__(self, values: Sequence) -> dict[str, np.ndarray]:
+        examples = values[0] if isinstance(values[0], list) else values
+        batch = {}
+        for key, value in examples[0].items():
+            if self.only_numbers and np.asarray(value).dtype.kind not in NUMBERS:
+                continue
+            try:
+                batch[key] = self._stack([np.asarray(example[key]) for example in examples])
+            except (KeyError, ValueError) as error:
+                found = [np.shape(e[key]) if key in e else "absent" for e in examples]
+                raise ValueError(
+                    f"examples {[e.get('id', '?') for e in examples]} cannot be batched: "
+                    f"'{key}' has shapes {found}; add a transform that brings them to one shape"
+                ) from error
+        return batch
+
+    def _stack(self, arrays: list[np.ndarray]) -> np.ndarray:
+        types = {array.dtype for array in arrays}
+        if not arrays[0].size or any(it.kind not in NUMBERS for it in types):
+            return np.stack(arrays)
+        shape = len(arrays), *arrays[0].shape
+        return np.stack(arrays, out=self.empty(shape, np.result_type(*types)))
 
 
 def _local_batch(batch_size: int, host: int, num_hosts: int) -> int:
@@ -89,12 +108,17 @@ def _local_batch(batch_size: int, host: int, num_hosts: int) -> int:
     return batch_size // num_hosts
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    iterable = dataset.to_iter_dataset(THREADS)
+def _iterate(
+    dataset: grain.MapDataset, size: int, ours: slice, stack: _Stack, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of `size` examples, those of all batches that are `ours`."""
+    dataset = dataset.batch(size, drop_remainder=True, batch_fn=list if workers else stack)
+    iterable = dataset[ours].to_iter_dataset(THREADS)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # worker processes refuse unparsed absl flags
-        iterable = iterable.mp_prefetch(
+        # Stacked last, where grain takes shared memory from it.
+        iterable = iterable.batch(1, batch_fn=stack).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         )
     return iter(iterable)
@@ -128,8 +152,8 @@ def train_batches(
         raise ValueError(f"seed={seed} is not in 0..2**32-1")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
-    dataset = dataset.batch(local, drop_remainder=True, batch_fn=_stack_numbers)
-    return _iterate(dataset[host::num_hosts][step:], workers)
+    ours = slice(host + step * num_hosts, None, num_hosts)
+    return _iterate(dataset, local, ours, _Stack(only_numbers=True), workers)
 
 
 def eval_batches(
@@ -152,5 +176,5 @@ def eval_batches(
         return iter(())
     dataset = grain.MapDataset.source(_Padded(source, steps * batch_size)).seed(0)
     dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
-    dataset = dataset.batch(local, drop_remainder=True, batch_fn=_stack)
-    return _iterate(dataset[host::num_hosts], workers)
+    ours = slice(host, None, num_hosts)
+    return _iterate(dataset, local, ours, _Stack(only_numbers=False), workers)

@@ -20,7 +20,8 @@ class Numbers:
         return self.n
 
     def __getitem__(self, i):
-        return {"image": np.full((2, 2, 3), i, np.uint8), "label": np.int32(i), "id": f"n{i}"}
+        image, boxes = np.full((2, 2, 3), i, np.uint8), np.zeros((0, 4), np.float32)
+        return {"image": image, "label": np.int32(i), "boxes": boxes, "id": f"n{i}"}
 
 
 def jitter(example, rng):
@@ -42,6 +43,7 @@ def joined(parts):
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     for key in a:
+        assert a[key].dtype == b[key].dtype, key
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
@@ -113,7 +115,7 @@ def test_evaluation_pads_whole_batches_and_counts_each_row_once(hosts):
 
 
 def test_training_batches_hold_numbers_only():
-    assert set(take(1)[0]) == {"image", "label", "noise", "index"}
+    assert set(take(1)[0]) == {"image", "label", "boxes", "noise", "index"}
 
 
 def test_batch_not_divisible_by_hosts_is_refused():
