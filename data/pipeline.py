@@ -20,9 +20,7 @@ from grain.multiprocessing import SharedMemoryArray
 Example = dict[str, Any]
 Transform = Callable[[Example, np.random.Generator], Example]
 
-# Grain prefetches 500 elements by default; an element here is a whole batch.
-THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-
+BUFFERED = 4  # batches read ahead, by this process and by every worker
 NUMBERS = "biuf"  # kinds of dtype
 
 
@@ -113,7 +111,9 @@ def _iterate(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of `size` examples, those of all batches that are `ours`."""
     dataset = dataset.batch(size, drop_remainder=True, batch_fn=list if workers else stack)
-    iterable = dataset[ours].to_iter_dataset(THREADS)
+    # Threads of one process wait for each other's Python: beside its own, a worker has one.
+    reading = grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=BUFFERED)
+    iterable = dataset[ours].to_iter_dataset(reading)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # worker processes refuse unparsed absl flags
