@@ -7,6 +7,7 @@ tree or making one leaf at a time changes no other leaf.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,17 @@ import jax
 import numpy as np
 
 Rule = tuple[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]]
+
+
+def traced_once(shapes: Callable[..., dict]) -> Callable[..., dict]:
+    """`shapes(config)`, traced for a config once; every caller gets a tree of its own."""
+    kept = functools.lru_cache(maxsize=16)(shapes)
+
+    @functools.wraps(shapes)
+    def copied(config) -> dict:
+        return jax.tree.map(lambda leaf: leaf, kept(config))
+
+    return copied
 
 
 def host_init(shapes: Mapping, seed: int, rules: Sequence[Rule] = ()) -> dict:

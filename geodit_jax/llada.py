@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from common_jax.attention import attend, attend_kept
+from common_jax.init import traced_once
 from common_jax.layers import Linear, RMSNorm, remat_policy
 from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax.config import TextConfig
@@ -126,6 +127,7 @@ class Block(nn.Module):
         return constrain(x, BATCH_AXES, None, None), own
 
 
+@traced_once
 def core_shapes(config: TextConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`, layers stacked; nothing is computed."""
     width, rows = config.width, config.vocab_rows

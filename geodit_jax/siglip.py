@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from common_jax.attention import attend
+from common_jax.init import traced_once
 from common_jax.layers import LayerNorm, Linear
 from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax.config import TowerConfig
@@ -62,6 +63,7 @@ class Block(nn.Module):
         return constrain(x, BATCH_AXES, None, None)
 
 
+@traced_once
 def tower_shapes(config: TowerConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`, blocks stacked; nothing is computed."""
     width, patch = config.width, config.patch

@@ -47,7 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common_jax.init import host_init
+from common_jax.init import host_init, traced_once
 from satdifuser_jax.fusers import Concat, GlobalWeighted, LocalWeighted, MixtureOfExperts, Single
 from satdifuser_jax.linear_probe import LinearProbe
 from satdifuser_jax.upernet import UPerNet, resize_bilinear
@@ -233,6 +233,7 @@ def check_features(spec: HeadSpec, features) -> None:
         )
 
 
+@traced_once
 def head_shapes(spec: HeadSpec) -> dict:
     """Abstract variables of a head by collection, nothing allocated."""
     key = jax.eval_shape(jax.random.key, 0)

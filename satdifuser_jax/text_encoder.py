@@ -16,7 +16,7 @@ from flax import struct
 
 from common_jax.attention import attend
 from common_jax.compiler import jit
-from common_jax.init import host_init
+from common_jax.init import host_init, traced_once
 from common_jax.layers import LayerNorm, Linear, declare
 from satdifuser_jax.published_config import to_json
 
@@ -183,6 +183,7 @@ def embed_ids(tower: TextTower, ids) -> jax.Array:
     return tower.model.apply({"params": tower.params}, ids)
 
 
+@traced_once
 def text_encoder_shapes(config: TextConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)

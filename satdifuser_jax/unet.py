@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from common_jax.init import host_init
+from common_jax.init import host_init, traced_once
 from common_jax.layers import remat_policy
 from satdifuser_jax.blocks import (
     Conv,
@@ -309,6 +309,7 @@ class SatUNet(nn.Module):
             )
 
 
+@traced_once
 def unet_shapes(config: UNetConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
     side = 2 ** (config.levels - 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from common_jax.attention import attend
-from common_jax.init import host_init
+from common_jax.init import host_init, traced_once
 from common_jax.layers import Linear
 from satdifuser_jax.blocks import (
     Conv,
@@ -255,6 +255,7 @@ def check_sides(images: jax.Array, factor: int, channels: int) -> None:
         raise ValueError(f"images {images.shape}: sides must be divisible by {factor}")
 
 
+@traced_once
 def vae_shapes(config: VAEConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`; nothing is computed."""
     vae = AutoencoderKL(config)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the suite's time, and tests run each program a few times only: without
-# most of the optimisations for speed the programs are the same and are made in half the time.
+# most of the optimisations for speed the programs are the same and are made in half the time. In
+# one piece a program is made with less computing than in several by several threads.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 # Workers of pytest-xdist and subprocesses of tests compile the same small programs: share them.
 os.environ.setdefault(

@@ -26,7 +26,7 @@ from data.pipeline import eval_batches, train_batches
 from tests.hosts import ROOT, find_port, read_run, run_hosts
 from tests.linear_task import LinearTask, linear_config
 
-STEPS = 24
+STEPS = 18
 SETTINGS = {"optim.ema_decay": 0.9, "optim.steps": STEPS, "eval.every": 8, "checkpoint.every": 3}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common_jax.init import host_init
+from common_jax.init import host_init, traced_once
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -58,3 +58,18 @@ def test_rules_come_first_and_keep_shape_and_dtype():
 def test_an_unknown_leaf_needs_a_rule():
     with pytest.raises(ValueError, match=r"a/temperature \(1,\); give host_init a rule"):
         host_init({"a": {"temperature": leaf(1)}}, 0)
+
+
+def test_shapes_are_traced_once_and_no_caller_sees_what_another_changed():
+    traced = []
+
+    @traced_once
+    def shapes(config):
+        traced.append(config)
+        return {"block": {"kernel": leaf(config)}}
+
+    shapes(3)["block"]["bias"] = leaf(1)
+    assert shapes(3) == {"block": {"kernel": leaf(3)}} and shapes(4)["block"]["kernel"].shape == (
+        4,
+    )
+    assert traced == [3, 4]
