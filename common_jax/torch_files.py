@@ -97,20 +97,21 @@ class _TorchArchive:
     def __init__(self, path: Path):
         self._path = path
         self._starts: dict[str, int] = {}
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if any(info.compress_type != zipfile.ZIP_STORED for info in members):
-                raise ValueError(f"{path}: compressed inside; torch never writes such files")
-            self._sizes = {info.filename: info.file_size for info in members}
-            pickles = [name for name in self._sizes if name.count("/") == 1]
-            pickles = [name for name in pickles if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{path}: a zip without one data.pkl is not a torch weight file")
-            self._root = pickles[0].removesuffix("data.pkl")
-            order = f"{self._root}byteorder"
-            if order in self._sizes and archive.read(order) != b"little":
-                raise ValueError(f"{path}: written on a big-endian machine; not supported")
-            self.pickle = archive.read(pickles[0])
+        # Kept open: its list of members, one a tensor, is then read once.
+        self._archive = archive = zipfile.ZipFile(path)
+        members = archive.infolist()
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+            raise ValueError(f"{path}: compressed inside; torch never writes such files")
+        self._sizes = {info.filename: info.file_size for info in members}
+        pickles = [name for name in self._sizes if name.count("/") == 1]
+        pickles = [name for name in pickles if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"{path}: a zip without one data.pkl is not a torch weight file")
+        self._root = pickles[0].removesuffix("data.pkl")
+        order = f"{self._root}byteorder"
+        if order in self._sizes and archive.read(order) != b"little":
+            raise ValueError(f"{path}: written on a big-endian machine; not supported")
+        self.pickle = archive.read(pickles[0])
         self.globals = {
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
@@ -125,23 +126,21 @@ class _TorchArchive:
         return member, dtype, count
 
     def _read(self, member: str) -> bytes:
-        with zipfile.ZipFile(self._path) as archive:
-            try:
-                return archive.read(member)
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{self._path}: {error}; download it again") from error
+        try:
+            return self._archive.read(member)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self._path}: {error}; download it again") from error
 
     def _start(self, member: str) -> int:
         """Where the bytes of a member begin. The first call for it checks its checksum."""
         if member not in self._starts:
-            with zipfile.ZipFile(self._path) as archive:
-                try:
-                    with archive.open(member) as stream:
-                        while stream.read(1 << 20):
-                            pass
-                except zipfile.BadZipFile as error:
-                    raise ValueError(f"{self._path}: {error}; download it again") from error
-                entry = archive.getinfo(member).header_offset
+            try:
+                with self._archive.open(member) as stream:
+                    while stream.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self._path}: {error}; download it again") from error
+            entry = self._archive.getinfo(member).header_offset
             with open(self._path, "rb") as file:
                 file.seek(entry + 26)  # lengths of the name and of the padding, in the entry itself
                 name, padding = struct.unpack("<HH", file.read(4))

@@ -134,5 +134,6 @@ def main(port, process, count, workdir, changes, fault) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["torch"] = None  # tensorboardX would import it, which takes as long as the run
     sys.path.insert(0, str(ROOT))
     sys.exit(main(*sys.argv[1:]))
