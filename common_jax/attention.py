@@ -71,7 +71,27 @@ def _dispatch(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
     parts = {"chunked": _attend_chunked, "sliced": _attend_sliced, "blocked": _attend_blocked}
     if implementation in parts:
         return parts[implementation](q, k, v, lengths, causal, turns)
-    return _attend_whole(q, k, v, lengths, causal, turns, implementation)
+    whole = _attend_even if implementation == "cudnn" else _attend_whole
+    return whole(q, k, v, lengths, causal, turns, implementation)
+
+
+def _attend_even(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
+    """With a row more where queries or keys are odd: cuDNN has no backward pass for those.
+
+    The row of the keys is hidden, that of the queries dropped.
+    """
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    more = (queries % 2, keys % 2)
+    if not any(more):
+        return _attend_whole(q, k, v, lengths, causal, turns, implementation)
+    if more[1] and lengths is None:
+        lengths = jnp.full((batch,), keys, jnp.int32)
+    if turns is not None:  # the same turns again: a query that sees no key would divide by zero
+        turns = tuple(jnp.pad(x, ((0, 0), (0, n)), "edge") for x, n in zip(turns, more))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0))) for x, n in zip((q, k, v), (*more, more[1]))
+    )
+    return _attend_whole(q, k, v, lengths, causal, turns, implementation)[:, :queries]
 
 
 def _attend_whole(q, k, v, lengths, causal, turns, implementation) -> jax.Array:

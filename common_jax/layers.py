@@ -20,7 +20,8 @@ REMAT = ("none", "dots", "full")
 
 def remat_policy(remat: str) -> Callable | None:
     """What `jax.checkpoint` keeps of a layer for the backward pass: nothing (`full`), or results of
-    matmuls with weights and of convolutions (`dots`). `none` is for callers to leave alone."""
+    matmuls with weights, of convolutions and of fused attention kernels (`dots`). `none` is for
+    callers to leave alone."""
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}: use one of {REMAT}")
     return _keep_products if remat == "dots" else None
@@ -29,7 +30,9 @@ def remat_policy(remat: str) -> Callable | None:
 def _keep_products(primitive, *avals, **parameters) -> bool:
     of_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     is_convolution = primitive is jax.lax.conv_general_dilated_p
-    return is_convolution or of_weights(primitive, *avals, **parameters)
+    # cuDNN's attention gives little (its output and a number a query) for much work.
+    is_attention = primitive.name.startswith("dot_product_attention_fwd")
+    return is_convolution or is_attention or of_weights(primitive, *avals, **parameters)
 
 
 class Linear(nn.Module):

@@ -94,10 +94,8 @@ class Responder:
         self.prompt_after_image = prompt_after_image
         self.prompts, self.codec = prompts or load_prompts(), codec
         self.sees = config.tower is not None and not blind
-        # One tree a layer: a CPU would copy a layer's weights out of the stack at every pass.
-        core = params["core"]
-        if jax.default_backend() == "cpu":
-            core = llada.unstack(core)
+        # One tree a layer: else a layer's weights are copied out of the stack at every pass.
+        core = llada.unstack(params["core"])
         self.params = jax.device_put({**params, "core": core})
         self._embed = jit(self._embed_batch)
 

@@ -10,6 +10,7 @@ the answer first and the padded prefix behind it, so that `lengths` alone hides 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -55,11 +56,31 @@ def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, j
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], cast: str) -> jax.Array:
-    """Half-split rotation of [B,N,H,E]: the first half of E pairs with the second."""
-    dtype = jnp.float32 if cast == "float32" else x.dtype
-    cos, sin = (part.astype(dtype) for part in angles)
+    """Half-split rotation of [B,N,H,E]: the first half of E pairs with the second.
+
+    It has a gradient by x alone, which is the rotation back.
+    """
+    return _rotate(x, *angles, jnp.dtype(jnp.float32) if cast == "float32" else x.dtype)
+
+
+# Derived by JAX, the gradient would fill up each half with zeros and add them, in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(x, cos, sin, dtype):
+    cos, sin = cos.astype(dtype), sin.astype(dtype)
     a, b = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _rotate_forward(x, cos, sin, dtype):
+    return _rotate(x, cos, sin, dtype), (cos, sin)
+
+
+def _rotate_backward(dtype, angles, gradient):
+    cos, sin = angles
+    return _rotate(gradient, cos, -sin, dtype), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 class SelfAttention(nn.Module):

@@ -164,6 +164,45 @@ def test_a_kernel_that_cannot_take_the_inputs_gives_way_and_says_so_once():
         attend(q, k, v, implementation="cudnn")
 
 
+@pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
+@pytest.mark.parametrize("lengths", [None, np.array([4, 8])], ids=["whole", "lengths"])
+@pytest.mark.parametrize("sizes", [(11, 9), (11, 10), (12, 9)], ids=str)
+def test_odd_lengths_are_made_even_without_a_trace_for_kernels_that_need_it(sizes, lengths, turns):
+    q, k, v = inputs(*sizes)
+    turns = turns and (turns[0][:, : sizes[0]], turns[1][:, : sizes[1]])
+
+    def loss(attend):
+        return lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, lengths, False, turns, "xla")))
+
+    out = attention._attend_even(q, k, v, lengths, False, turns, "xla")
+    assert out.shape == q.shape
+    assert rel_error(out, reference(q, k, v, lengths, turns=turns)) < 2e-6
+    ours, theirs = (
+        jax.grad(loss(attend), (0, 1, 2))(q, k, v)
+        for attend in (attention._attend_even, attention._attend_whole)
+    )
+    for mine, other in zip(ours, theirs):
+        assert rel_error(mine, other) < 2e-6
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cudnn runs on NVIDIA GPUs only")
+@pytest.mark.parametrize("sizes", [(729, 729), (1024, 77), (838, 838)], ids=str)
+@pytest.mark.parametrize("lengths", [None, np.array([40, 60])], ids=["whole", "lengths"])
+def test_cudnn_trains_on_any_length(sizes, lengths):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(*sizes))
+
+    def loss(implementation):
+        def run(*qkv):
+            out = attend(*qkv, lengths=lengths, implementation=implementation)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return run
+
+    ours, theirs = (jax.grad(loss(kind), (0, 1, 2))(q, k, v) for kind in ("cudnn", "xla"))
+    for mine, other in zip(ours, theirs):
+        assert rel_error(mine.astype(jnp.float32), other.astype(jnp.float32)) < 3e-2
+
+
 def test_wrong_requests_are_refused():
     q, k, v = inputs()
     with pytest.raises(ValueError, match="attention='flash' is unknown"):

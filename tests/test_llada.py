@@ -154,6 +154,24 @@ def test_rotation_in_the_activations_dtype_is_that_of_torch_to_the_bit():
     assert np.any(np.asarray(llada.rotate(x, angles, "float32"), np.float32) != expected)
 
 
+@pytest.mark.parametrize("cast", ["float32", "activation"])
+def test_the_gradient_of_a_rotation_is_the_derivative_of_its_formula(cast):
+    rng = np.random.default_rng(0)
+    x, weights = (rng.standard_normal((BATCH, TOKENS, 3, 8), np.float32) for _ in range(2))
+    cos, sin = llada.rotary(jnp.asarray(POSITIONS), 8, 1e4)
+
+    def formula(x):
+        a, b = x[..., :4], x[..., 4:]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def loss(turn):
+        return lambda x: jnp.sum(weights * turn(x) ** 2)
+
+    expected = jax.grad(loss(formula))(x)
+    found = jax.grad(loss(lambda x: llada.rotate(x, (cos, sin), cast)))(x)
+    assert rel_error(found, expected) < 1e-6
+
+
 def test_full_size_has_the_published_number_of_tensors_and_parameters():
     shapes = llada.core_shapes(TextConfig())
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 8_015_581_184
