@@ -28,6 +28,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(".cache/xla").absolute()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# float32 means float32: left alone, GPUs compute its products in 19 bits and TPUs in 16.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -51,6 +53,9 @@ ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).
 HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
 KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
 DECODE = flags.DEFINE_list("decode", [], "Decoder, as in steps=8,cache=prefix (GeoDiT).")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "Of GeoDiT's arithmetic."
+)
 RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME[@SPLIT][=ROOT], or a JSONL file.")
 PREDICTIONS = flags.DEFINE_string("predictions", None, "A predictions.jsonl to score.")
 PROFILE = flags.DEFINE_enum(
@@ -169,6 +174,7 @@ def predict() -> int:
     numbers) and overlays/. Without --config the one in WORKDIR is used.
     With --ask (or --images=FILE.jsonl): answers of the GeoDiT model in --weights, or the export of
     --workdir, in text, with boxes drawn on the picture; --history draws how a text came about.
+    --dtype=auto computes as the run did; --weights in bfloat16 on an accelerator, else float32.
     """
     if ASK.value or str(IMAGES.value).endswith((".jsonl", ".json")):
         from geodit_jax.inference import ask_pictures
@@ -213,11 +219,13 @@ def sample() -> int:
 def load_model_that_answers(verb: str):
     """The GeoDiT model in --weights, or what the training in --workdir exported."""
     from geodit_jax.decode_config import TRAINED_HERE, parse_decode
-    from geodit_jax.inference import load_responder, responder_of_run
+    from geodit_jax.inference import choose_dtype, load_responder, responder_of_run
 
     if WEIGHTS.value:
-        return load_responder(WEIGHTS.value, parse_decode(DECODE.value))
-    return responder_of_run(need(WORKDIR, verb), parse_decode(DECODE.value, TRAINED_HERE))
+        dtype = choose_dtype(DTYPE.value)
+        return load_responder(WEIGHTS.value, parse_decode(DECODE.value), dtype=dtype)
+    decode = parse_decode(DECODE.value, TRAINED_HERE)
+    return responder_of_run(need(WORKDIR, verb), decode, DTYPE.value)
 
 
 def convert() -> int:
@@ -298,7 +306,7 @@ def show_config() -> int:
 
 
 PLACE = ("coordinator", "num_processes", "process_id")
-ANSWERING = ("weights", "decode", "out")  # of a GeoDiT model
+ANSWERING = ("weights", "decode", "dtype", "out")  # of a GeoDiT model
 SCORING = ("sweep", *ANSWERING, "records", "predictions", "metric_profile")
 ASKING = ("image", *ANSWERING, "ask", "kind", "history")
 DRAWING = ("resolution", "prompt", "metadata", "sampling", "out")

@@ -14,12 +14,12 @@ from PIL import Image
 
 from geodit_jax.answering import Question
 from geodit_jax.decode_config import DecodeConfig
-from geodit_jax.inference import load_responder
+from geodit_jax.inference import choose_dtype, load_responder
 
 
 def main(weights: str, picture: str, text: str) -> None:
     # Eight passes over a window of 32 tokens, as in the paper; each keeps the surest ones.
-    responder = load_responder(weights, DecodeConfig(length=32, steps=8))
+    responder = load_responder(weights, DecodeConfig(length=32, steps=8), dtype=choose_dtype())
     image = np.asarray(Image.open(picture).convert("RGB"))
     ((_, answer),) = responder.answer([Question(text, image)])
     print(answer.text)

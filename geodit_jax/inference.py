@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from common_jax.files import atomic_path
@@ -41,13 +42,26 @@ def load_responder(folder, decode: DecodeConfig | None = None, *, dtype=jnp.floa
     return Responder(params, config, tokenizer, decode or DecodeConfig(), dtype=dtype, **settings)
 
 
-def responder_of_run(workdir, decode: DecodeConfig = TRAINED_HERE) -> Responder:
-    """The model that the training in `workdir` exported, asked as it was trained."""
+def choose_dtype(name: str = "auto"):
+    """float32 or bfloat16; `auto` is what suits this device: bfloat16 on an accelerator."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def responder_of_run(
+    workdir, decode: DecodeConfig = TRAINED_HERE, dtype: str = "auto"
+) -> Responder:
+    """The model that the training in `workdir` exported, asked as it was trained.
+
+    dtype: `float32`, `bfloat16`, or `auto`, that of the training.
+    """
     config = read_config(workdir)
     data = config["data"]
     return load_responder(
         Path(workdir) / "export",
         decode,
+        dtype=choose_dtype(config["model"]["dtype"] if dtype == "auto" else dtype),
         lengths=config["answer"],
         system=SYSTEMS[data["system"]],
         blind=data["blind"],

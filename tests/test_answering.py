@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +10,8 @@ from PIL import Image
 from geodit_jax.answering import Answer, Question, Responder
 from geodit_jax.config import GeoDiTConfig, TextConfig, TokenIds, TowerConfig
 from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig, parse_decode
-from geodit_jax.inference import score_records
+from geodit_jax import inference
+from geodit_jax.inference import choose_dtype, score_records
 from geodit_jax.model import init_model
 from geodit_jax.pictures import save_boxes, save_history
 from geodit_jax.tokenizer import Tokenizer
@@ -84,6 +86,27 @@ def test_decoder_settings_of_the_command_line_are_read_or_named():
     assert parse_decode(["steps=4"], TRAINED_HERE) == DecodeConfig(steps=4, banned="none")
     with pytest.raises(ValueError, match="'speed=9': use NAME=VALUE of length, steps"):
         parse_decode(["speed=9"])
+
+
+@pytest.mark.parametrize(("backend", "auto"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_answers_are_computed_in_what_suits_the_device_unless_told(backend, auto, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert choose_dtype() == auto
+    assert choose_dtype("float32") == "float32" and choose_dtype("bfloat16") == "bfloat16"
+
+
+def test_a_run_answers_in_the_type_it_was_trained_in(tmp_path, monkeypatch):
+    asked = {}
+    config = {"answer": {}, "data": {"system": "none", "blind": False, "prompts": "", "codec": ""}}
+    monkeypatch.setattr(
+        inference, "read_config", lambda _: config | {"model": {"dtype": "bfloat16"}}
+    )
+    monkeypatch.setattr(inference, "SYSTEMS", {"none": ""})
+    monkeypatch.setattr(inference, "load_responder", lambda *_, **settings: asked.update(settings))
+    inference.responder_of_run(tmp_path)
+    assert asked["dtype"] == "bfloat16"
+    inference.responder_of_run(tmp_path, dtype="float32")
+    assert asked["dtype"] == "float32"
 
 
 def test_pictures_of_boxes_and_of_the_passes_are_written(tmp_path):

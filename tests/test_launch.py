@@ -49,6 +49,12 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(words, told):
     assert "--help" in lines[1]
 
 
+def test_float32_products_are_not_rounded_to_less_on_any_device():
+    ask = "import launch, jax; print(jax.config.jax_default_matmul_precision)"
+    found = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.strip() == "highest"
+
+
 def test_help_names_every_verb_and_each_verb_its_flags():
     status, text, _ = run("--help")
     assert status == 0
