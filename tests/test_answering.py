@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from geodit_jax import inference
 from geodit_jax.answering import Answer, Question, Responder
 from geodit_jax.config import GeoDiTConfig, TextConfig, TokenIds, TowerConfig
 from geodit_jax.decode_config import TRAINED_HERE, DecodeConfig, parse_decode
-from geodit_jax import inference
 from geodit_jax.inference import choose_dtype, score_records
 from geodit_jax.model import init_model
 from geodit_jax.pictures import save_boxes, save_history
