@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
+from grain.multiprocessing import SharedMemoryArray
 
-from data.pipeline import eval_batches, train_batches
+from data.pipeline import SHARED, RecycledMemory, eval_batches, train_batches
 
 
 class Numbers:
@@ -92,6 +95,38 @@ def test_random_transforms_differ_between_epochs_and_seeds():
 def test_worker_processes_give_the_same_batches_as_threads():
     for a, b in zip(take(4, workers=2), take(4)):
         assert_equal(a, b)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="names of shared memory are counted on Linux only")
+def test_memory_of_a_batch_is_used_again_once_its_reader_has_let_go():
+    memory = RecycledMemory()
+
+    def write(value):
+        array = memory((4, 3), np.float32)
+        array[:] = value
+        return array.__array_interface__["data"][0], array.metadata
+
+    def read(metadata):
+        array = SharedMemoryArray.from_metadata(metadata)
+        array.unlink_on_del()
+        return array
+
+    first, sent = write(1)
+    other, sent_too = write(2)
+    assert other != first  # nobody has read the first one yet
+    held = read(sent)
+    third, sent_last = write(3)
+    assert third not in (first, other) and (held == 1).all()
+    del held
+    until = time.monotonic() + 10  # grain may leave it to a thread
+    while not memory._is_free(memory.pieces[48][0]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert write(4)[0] == first
+    assert (read(sent_too) == 2).all() and (read(sent_last) == 3).all()
+    names = [piece.shm.name for piece in memory.pieces[48]]
+    assert all((SHARED / name).exists() for name in names)
+    memory.close()
+    assert not any((SHARED / name).exists() for name in names)
 
 
 def test_worker_processes_honour_hosts_and_restart():
