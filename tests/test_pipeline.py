@@ -121,7 +121,8 @@ def test_memory_of_a_batch_is_used_again_once_its_reader_has_let_go():
     until = time.monotonic() + 10  # grain may leave it to a thread
     while not memory._is_free(memory.pieces[48][0]) and time.monotonic() < until:
         time.sleep(0.01)
-    assert write(4)[0] == first
+    last, sent = write(4)
+    assert last == first and (read(sent) == 4).all()
     assert (read(sent_too) == 2).all() and (read(sent_last) == 3).all()
     names = [piece.shm.name for piece in memory.pieces[48]]
     assert all((SHARED / name).exists() for name in names)
