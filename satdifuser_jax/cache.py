@@ -11,6 +11,7 @@ No jax here: data-loading processes read caches too.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -31,6 +32,10 @@ from satdifuser_jax.cache_spec import DTYPES, CacheError, CacheSpec, Field, shar
 Batch = Mapping[str, Any]
 Batches = Callable[[np.ndarray], Iterable[Batch]] | Iterable[Batch]
 Encode = Callable[[Batch], Sequence]  # device or numpy arrays, one [b, ...] per field
+
+CACHE_SECONDS = 2 * 3600.0  # without a new shard: then nobody seems to make the missing ones
+POLL_SECONDS, TELL_SECONDS = 2.0, 60.0  # between two looks, and between two lines that say so
+OPEN_SHARDS = 64  # files a cache holds open: a process may have 1024, and several caches
 
 
 class Subset(Sequence):
@@ -109,16 +114,34 @@ def encode_rows(
         yield pending
 
 
-def wait_for_cache(root: str | os.PathLike, spec: CacheSpec, timeout_s: float = 86400.0) -> Cache:
-    """Open a cache once the other hosts have written their shards; looks every few seconds."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return open_cache(root, spec)
-        except CacheError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(2.0)
+def wait_for_cache(
+    root: str | os.PathLike, spec: CacheSpec, timeout_s: float = CACHE_SECONDS
+) -> Cache:
+    """Open a cache once the other processes have written their shards; says what is waited for.
+
+    CacheError names the missing shards when none was finished for `timeout_s` seconds.
+    """
+    folder = Path(root) / spec.folder
+    lacking = _find_lacking(folder, spec, range(spec.num_shards))
+    newest, told = time.monotonic(), -TELL_SECONDS
+    while lacking:
+        now = time.monotonic()
+        if now - newest >= timeout_s:
+            raise CacheError(
+                f"{_describe_lacking(folder, spec, lacking)}; none was finished for "
+                f"{timeout_s:.0f} s"
+            )
+        if now - told >= TELL_SECONDS:
+            _say(
+                f"waiting for other processes: {len(lacking)} of {spec.num_shards} shards of "
+                f"{folder} are missing (given up after {timeout_s:.0f} s without a new one)"
+            )
+            told = now
+        time.sleep(POLL_SECONDS)
+        left = _find_lacking(folder, spec, lacking)
+        newest = newest if len(left) == len(lacking) else time.monotonic()
+        lacking = left
+    return open_cache(root, spec)
 
 
 def _prepare(root: Path, spec: CacheSpec) -> Path:
@@ -259,11 +282,14 @@ def to_disk(field: Field, values, rows: np.ndarray, take: np.ndarray) -> np.ndar
 
 # ---------------------------------------------------------------------------------------- reading
 class Cache:
-    """Random access to a finished cache. Picklable; opens shards as they are asked for."""
+    """Random access to a finished cache. Picklable; the shards read last stay open."""
 
     def __init__(self, folder: Path, spec: CacheSpec):
         self.folder, self.spec = folder, spec
-        self._shards: dict[int, np.ndarray] = {}
+        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)  # threads may share it
+
+    def __reduce__(self):
+        return Cache, (self.folder, self.spec)
 
     def __len__(self) -> int:
         return self.spec.rows
@@ -280,14 +306,8 @@ class Cache:
         """The arrays of several images, one [len(rows), *shape] per field, copied."""
         return tuple(np.stack(column) for column in zip(*(self[row] for row in rows)))
 
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._shards:
-            data, _ = shard_paths(self.folder, shard)
-            self._shards[shard] = np.memmap(data, self.spec.record, mode="r")
-        return self._shards[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shards": {}}
+    def _open(self, shard: int) -> np.ndarray:
+        return np.memmap(shard_paths(self.folder, shard)[0], self.spec.record, mode="r")
 
 
 def open_cache(root: str | os.PathLike, spec: CacheSpec) -> Cache:
@@ -296,18 +316,28 @@ def open_cache(root: str | os.PathLike, spec: CacheSpec) -> Cache:
     if not (folder / "spec.json").exists():
         raise CacheError(f"no {spec.kind} cache of this key in {root}; build it with build_cache")
     _prepare(Path(root), spec)
+    lacking = _find_lacking(folder, spec, range(spec.num_shards))
+    if lacking:
+        raise CacheError(_describe_lacking(folder, spec, lacking))
+    return Cache(folder, spec)
+
+
+def _find_lacking(folder: Path, spec: CacheSpec, shards: Iterable[int]) -> list[int]:
+    """Those of `shards` that are not whole: no seal, no records, or of another size."""
     lacking = []
-    for shard in range(spec.num_shards):
+    for shard in shards:
         data, seal = shard_paths(folder, shard)
         size = len(spec.rows_of(shard)) * spec.record.itemsize
         if not (seal.exists() and data.exists() and data.stat().st_size == size):
             lacking.append(shard)
-    if lacking:
-        raise CacheError(
-            f"{folder} lacks shards {lacking[:8]} ({len(lacking)} of {spec.num_shards}); run the "
-            "building command again, on every host: finished shards are kept"
-        )
-    return Cache(folder, spec)
+    return lacking
+
+
+def _describe_lacking(folder: Path, spec: CacheSpec, lacking: Sequence[int]) -> str:
+    return (
+        f"{folder} lacks shards {list(lacking[:8])} ({len(lacking)} of {spec.num_shards}); run the "
+        "building command again, on every host: finished shards are kept"
+    )
 
 
 def _say(text: str) -> None:

@@ -44,17 +44,22 @@ class Field:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds. identity: a JSON value naming everything the numbers depend on."""
+    """What a cache holds. identity: a JSON value naming everything the numbers depend on.
+
+    most_rows: of a shard, which holds fewer where a row is large.
+    """
 
     kind: str
     rows: int
     fields: tuple[Field, ...]
     identity: Mapping[str, Any]
+    most_rows: int = SHARD_ROWS
 
     @property
     def content(self) -> dict:
         fields = [[f.name, list(f.shape), f.dtype] for f in self.fields]
-        return {
+        shards = {} if self.most_rows == SHARD_ROWS else {"most_rows": self.most_rows}
+        return shards | {
             "format": FORMAT,
             "kind": self.kind,
             "rows": self.rows,
@@ -81,7 +86,7 @@ class CacheSpec:
 
     @property
     def shard_rows(self) -> int:
-        return int(np.clip(SHARD_BYTES // self.record.itemsize, 1, SHARD_ROWS))
+        return int(np.clip(SHARD_BYTES // self.record.itemsize, 1, self.most_rows))
 
     @property
     def num_shards(self) -> int:

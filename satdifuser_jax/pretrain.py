@@ -9,7 +9,6 @@ See Khanna et al. 2024 (DiffusionSat), Hang et al. 2023 (min-SNR), Ho and Salima
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,7 +102,6 @@ class PretrainTask(Task):
             frozen = frozen.replace(context=empty, uncond=empty)
         if self.config.data.cache != "none":
             size = self.config.eval.batch_size or self.config.batch_size
-            size = math.lcm(size, jax.local_device_count())
             self.maker = Precomputed(frozen, tower, self.last_transform, batches, size)
         self.host = frozen, tower
         self.frozen = frozen.replace(codec_params=self._place(frozen.codec_params))

@@ -19,16 +19,17 @@ from data.memory import InMemory
 from data.satellite import open_satellite
 from data.scene_text import captions
 from data.wording import DrawCaption
-from satdifuser_jax.cache import Subset, build_cache, open_cache, wait_for_cache
+from satdifuser_jax.cache import Subset
 from satdifuser_jax.cache_spec import CacheSpec, Field
 from satdifuser_jax.extract import Backbone, encode_moments
-from satdifuser_jax.feature_source import CachedExamples
+from satdifuser_jax.feature_source import CachedExamples, building_size, open_or_build
 from satdifuser_jax.preprocess import PIXEL_TRANSFORM, to_pixels
 from satdifuser_jax.prompts import PromptTokenizer
 from satdifuser_jax.text_encoder import TextTower, embed_ids
 from satdifuser_jax.vae import SpaceToDepth
 
 CACHES = ("none", "latents", "all")
+SHARD_ROWS = 1024  # of a cache: a row is 33 KB at 256 pixels, and sets have hundreds of thousands
 
 
 class ToTrainInput:
@@ -118,7 +119,7 @@ class Precomputed(NamedTuple):
     tower: TextTower | None
     last: ToTrainInput
     batches: Callable  # data.pipeline.eval_batches
-    batch_size: int
+    batch_size: int  # of all devices together
 
     def of(self, source, data) -> CachedExamples:
         """Examples `mean`, `logvar`, `metadata`, `ids` or `text` of a source; built where missing.
@@ -138,12 +139,10 @@ class Precomputed(NamedTuple):
             return [made[field.name] for field in spec.fields]
 
         def load(wanted):
-            return self.batches(Subset(source, wanted), (self.last,), batch_size=self.batch_size)
+            options = {"batch_size": building_size(self.batch_size), "workers": data.workers}
+            return self.batches(Subset(source, wanted), (self.last,), **options)
 
-        hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
-        build_cache(data.cache_dir, load, encode, spec, **hosts)
-        opened = wait_for_cache if hosts["num_hosts"] > 1 else open_cache
-        return CachedExamples(source, [opened(data.cache_dir, spec)])
+        return CachedExamples(source, [open_or_build(data.cache_dir, load, encode, spec)])
 
     def describe(self, source, with_text: bool) -> CacheSpec:
         """The spec of the cache: its key changes with whatever changes a number."""
@@ -165,4 +164,4 @@ class Precomputed(NamedTuple):
             dtype = str(np.dtype(self.tower.model.dtype))
             fields[-1] = Field("text", (length, config.hidden_size), dtype)
             identity |= {"tower": repr(config), "tower_weights": tree_sha256(self.tower.params)}
-        return CacheSpec("pretrain", len(source), tuple(fields), identity)
+        return CacheSpec("pretrain", len(source), tuple(fields), identity, SHARD_ROWS)

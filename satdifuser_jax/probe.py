@@ -191,6 +191,7 @@ class ProbeTask(Task):
         """Put the frozen model on a mesh; `encode` and `predict` work from here on."""
         data = self.config.data
         cache = {"kind": data.cache, "dir": data.cache_dir, "dtype": data.cache_dtype}
+        cache["workers"] = data.workers
         self.mesh = mesh
         self.maker = FeatureMaker(self.backbone, self.extract_config, mesh, cache)
         return self.maker

@@ -13,6 +13,7 @@ from data.pipeline import eval_batches, train_batches
 from data.scenes import SceneSource
 from data.wording import read_wording
 from satdifuser_jax.convert import export_component
+from satdifuser_jax.feature_source import MOST_PICTURES, building_size
 from satdifuser_jax.pretrain import PretrainTask
 from satdifuser_jax.pretrain_data import CaptionedScenes, ToTrainInput
 
@@ -75,6 +76,13 @@ def test_a_cache_is_found_by_everything_it_depends_on(frozen, tmp_path):
     keys = [task.maker._replace(**c).describe(source, with_text=True).key for c in changes]
     keys += [task.maker.describe(source, with_text=False).key, spec.key]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_cache_is_built_in_each_process_share_of_a_batch_and_few_pictures_a_device(monkeypatch):
+    assert [building_size(n) for n in (3, 4, 5000)] == [4, 4, 2 * MOST_PICTURES]
+    monkeypatch.setattr(jax, "device_count", lambda: 64)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert building_size(256) == 16
 
 
 def test_what_is_drawn_anew_every_time_is_not_precomputed():
