@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.train = ""  # folders, separated by commas (folder); tars, records or a CSV (satellite)
     c.data.exclude = ""  # JSON list of image names that must not be seen
     c.data.size = 100_000  # scenes drawn for training; each is made when it is read
-    c.data.val_size = 256
+    c.data.val_size = 256  # pictures of the validation loss, spread over those held out; 0 = all
     c.data.holdout = 0.05  # share of images for the validation loss (folder, satellite)
     c.data.side = 64  # pixels
     c.data.smallest_crop = 40  # pixels of the picture before resizing; 0 = centre crop

@@ -51,6 +51,14 @@ class Subset(Sequence):
         return self.source[int(self.rows[i])]
 
 
+def spread_rows(total: int, count: int) -> np.ndarray:
+    """Row numbers of at most `count` rows, evenly over all `total` from the first to the last.
+
+    Sets lie in the order of their classes or places: neighbours look alike.
+    """
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
 # --------------------------------------------------------------------------------------- building
 def build_cache(
     root: str | os.PathLike,

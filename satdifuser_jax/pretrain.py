@@ -28,7 +28,7 @@ from common_jax.sharding import (
 from common_jax.task import Evaluator, PlanRow, Task
 from satdifuser_jax.backbone import EMPTY_PROMPT, export_backbone
 from satdifuser_jax.blocks import SHARDING_RULES
-from satdifuser_jax.cache import Subset
+from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.extract import Backbone, draw_latents, encode_latents
 from satdifuser_jax.extract_config import ExtractConfig
 from satdifuser_jax.feature_source import as_float
@@ -261,10 +261,10 @@ class PretrainTask(Task):
         return to_uint8(np.asarray(pixels))[:count]
 
     def _held_out(self, count: int, mesh):
-        """A batch of at least `count` validation rows, repeated where there are fewer."""
+        """A batch of at least `count` validation rows, spread over all, repeated where too few."""
         ways, source = count_ways(mesh), self._source("val")
         rows = -(-count // ways) * ways
-        picked = Subset(source, np.arange(rows) % len(source))
+        picked = Subset(source, np.resize(spread_rows(len(source), rows), rows))
         loader = self.batches(picked, self.transforms("val"), batch_size=rows)
         return put_batch(next(loader), mesh)
 

@@ -19,7 +19,7 @@ from data.memory import InMemory
 from data.satellite import open_satellite
 from data.scene_text import captions
 from data.wording import DrawCaption
-from satdifuser_jax.cache import Subset
+from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.cache_spec import CacheSpec, Field
 from satdifuser_jax.extract import Backbone, encode_moments
 from satdifuser_jax.feature_source import CachedExamples, building_size, open_or_build
@@ -76,7 +76,29 @@ class CaptionedScenes:
 
 
 def open_pictures(data, split: str, has_text: bool):
-    """The source that `config.data` names: scenes, satellite (captions, metadata), or images."""
+    """The source that `config.data` names: scenes, satellite (captions, metadata), or images.
+
+    Of the pictures held out, data.val_size spread over all of them are looked at.
+    """
+    source = _open_all(data, split, has_text)
+    is_long = split == "val" and 0 < data.val_size < len(source)
+    return Spread(source, data.val_size) if is_long else source
+
+
+class Spread(Subset):
+    """`count` rows, evenly over a source; else as the source they are of."""
+
+    def __init__(self, source, count: int):
+        super().__init__(source, spread_rows(len(source), count))
+        self.fingerprint = f"{source.fingerprint}, {count} spread"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "source":  # pickle looks before __init__ ran
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+def _open_all(data, split: str, has_text: bool):
     if data.name in ("scenes", "scenes_seg"):
         size = data.val_size if split == "val" else data.size
         source = open_source("scenes", split, side=data.side, size=size)

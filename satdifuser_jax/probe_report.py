@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from satdifuser_jax import figures
-from satdifuser_jax.cache import Subset
+from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.preprocess import resize, to_unit
 
 SHOWN = 8
@@ -66,7 +66,7 @@ def spread_examples(task, count: int, split: str = "test"):
     Splits are often sorted by class: the first examples would all look alike.
     """
     cached, source = task.cached[split], task.sources[split]
-    rows = np.linspace(0, len(cached) - 1, min(count, len(cached))).round().astype(int)
+    rows = spread_rows(len(cached), count)
     batch = next(iter(task.batches(Subset(cached, rows), task.transforms(split))))
     rows = rows[: int(np.asarray(batch["mask"]).sum())]  # a batch may be smaller than `count`
     batch = {k: v[: len(rows)] for k, v in batch.items() if v.dtype.kind in "biufV"}

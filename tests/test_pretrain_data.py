@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
@@ -99,6 +101,23 @@ def test_scenes_come_with_captions_that_are_true_of_them():
     assert len(set(texts)) == 10 and found.fingerprint != plain.fingerprint
     np.testing.assert_array_equal(found[3]["image"], plain[3]["image"])
     assert found[3]["metadata"].shape == (7,)
+
+
+def test_a_validation_set_is_bounded_and_spread_over_what_is_held_out(tmp_path):
+    for i in range(20):
+        Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(f"{i:02d}.png" for i in range(20)))
+    for name, root in (("folder", tmp_path), ("satellite", tmp_path / "list.csv")):
+        settings = {"data.name": name, "data.train": str(root), "data.holdout": 0.5}
+        task = PretrainTask(tiny(**settings, **{"data.val_size": 3}))
+        val = pickle.loads(pickle.dumps(task._source("val")))
+        shades = [int(np.asarray(example["image"]).max()) for example in val]
+        whole = val.source
+        assert shades == [int(np.asarray(whole[i]["image"]).max()) for i in (0, 4, 9)]
+        assert len(whole) == 10 and val.fingerprint != whole.fingerprint
+        task.prepare(make_mesh(), eval_batches)
+        drawn = np.asarray(task._held_out(2, make_mesh())["pixels"])[:, 0, 0, 0]
+        np.testing.assert_allclose((drawn + 1) * 127.5, [shades[0], shades[-1]], atol=0.01)
 
 
 def test_a_picture_without_caption_has_the_empty_prompt_and_zero_metadata(frozen):
