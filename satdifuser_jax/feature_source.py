@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import secrets
@@ -167,6 +168,12 @@ class FeatureMaker:
         self.model = fingerprint(backbone)
         self.given, self.backbone = backbone, place_backbone(backbone, mesh)
         self.config, self.mesh, self.cache = config, mesh, cache
+
+    def on(self, mesh) -> FeatureMaker:
+        """The same model on another mesh."""
+        other = copy.copy(self)
+        other.backbone, other.mesh = place_backbone(self.given, mesh), mesh
+        return other
 
     def features(self, batch):
         """Batch with pixels, latents or cached taps -> tuple over scales of [B,T,H,W,C]."""
