@@ -183,6 +183,16 @@ class ProbeTask(Task):
 
     @property
     def accumulates(self) -> bool:
+        """ValueError where it is a mixture of experts that cannot, with the reason."""
+        model = self.config.model
+        if model.fuser == "moe" and (model.warmup == "calls" or model.balance_weight):
+            name, why = "model.warmup=calls", "counts every microbatch as a call"
+            if model.balance_weight:
+                name, why = "model.balance_weight", "looks at the use of experts in a whole batch"
+            raise ValueError(
+                f"{name} {why}: in microbatches it would be another training. Use "
+                f"optim.accumulate=1, or {'0' if model.balance_weight else 'steps'} there"
+            )
         return not self.spec.segments  # UPerNet has BatchNorm
 
     # -- seam ------------------------------------------------------------------------------

@@ -66,6 +66,17 @@ def test_one_of_several_processes_draws_its_report_on_a_device_of_its_own(tmp_pa
     assert task.maker.backbone is None  # the task itself stays as it is
 
 
+def test_experts_that_depend_on_the_whole_batch_are_not_split():
+    for changes in ({"model.warmup": "calls"}, {"model.balance_weight": 0.1}):
+        (name,) = changes
+        with pytest.raises(
+            ValueError, match=rf"{name}.* microbatches it would be another training"
+        ):
+            _ = ProbeTask(small_config("tiny,fuser=moe", **changes)).accumulates
+    assert ProbeTask(small_config("tiny,fuser=moe")).accumulates
+    assert ProbeTask(small_config("tiny,fuser=gw", **{"model.warmup": "calls"})).accumulates
+
+
 def test_experts_warm_up_then_choose_and_the_run_draws_their_use(tmp_path, capfd):
     probe(tmp_path / "moe", "tiny,fuser=moe", **{"model.warmup_length": 2, "model.top_k": 1})
     err = capfd.readouterr().err
