@@ -27,14 +27,14 @@ import numpy as np
 from common_jax.files import atomic_path, read_json, sha256_file, write_json
 from common_jax.lock import locked
 from common_jax.progress import Progress, format_size
-from satdifuser_jax.cache_spec import DTYPES, CacheError, CacheSpec, Field, shard_paths
+from satdifuser_jax.cache_spec import DTYPES, CacheError, CacheSpec, shard_paths, to_disk
 
 Batch = Mapping[str, Any]
 Batches = Callable[[np.ndarray], Iterable[Batch]] | Iterable[Batch]
 Encode = Callable[[Batch], Sequence]  # device or numpy arrays, one [b, ...] per field
 
 CACHE_SECONDS = 2 * 3600.0  # without a new shard: then nobody seems to make the missing ones
-POLL_SECONDS, TELL_SECONDS = 2.0, 60.0  # between two looks, and between two lines that say so
+POLL_SECONDS, TELL_SECONDS = 2.0, 60.0  # between two looks at most, and between two lines
 OPEN_SHARDS = 64  # files a cache holds open: a process may have 1024, and several caches
 
 
@@ -131,7 +131,7 @@ def wait_for_cache(
     """
     folder = Path(root) / spec.folder
     lacking = _find_lacking(folder, spec, range(spec.num_shards))
-    newest, told = time.monotonic(), -TELL_SECONDS
+    newest, told, pause = time.monotonic(), -TELL_SECONDS, 0.1
     while lacking:
         now = time.monotonic()
         if now - newest >= timeout_s:
@@ -145,7 +145,8 @@ def wait_for_cache(
                 f"{folder} are missing (given up after {timeout_s:.0f} s without a new one)"
             )
             told = now
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
         left = _find_lacking(folder, spec, lacking)
         newest = newest if len(left) == len(lacking) else time.monotonic()
         lacking = left
@@ -265,27 +266,6 @@ class _Writer:
                 f"the batches ended without rows {absent[:8]} ({len(absent)} in all) of "
                 f"{self.spec.rows}; the source yields fewer images than the cache was asked for"
             )
-
-
-def to_disk(field: Field, values, rows: np.ndarray, take: np.ndarray) -> np.ndarray:
-    """The rows to keep of one output, in the type on disk; checked for shape and finite values."""
-    values = np.asarray(values)
-    if values.shape != (len(rows), *field.shape):
-        raise CacheError(
-            f"{field.name} has shape {values.shape}, the cache was described with "
-            f"{(len(rows), *field.shape)}"
-        )
-    disk, seen = DTYPES[field.dtype]
-    values = values[take]
-    with np.errstate(over="ignore"):
-        cast = values.astype(seen, copy=False)
-    good = cast == values if seen.kind in "iu" else np.isfinite(cast)
-    good = good.all(axis=tuple(range(1, good.ndim)))
-    if not good.all():
-        row = rows[take][~good][0]
-        hint = "; float16 ends at 65504, try bfloat16" if field.dtype == "float16" else ""
-        raise CacheError(f"{field.name} of row {row} does not fit into finite {field.dtype}{hint}")
-    return cast.view(disk)
 
 
 # ---------------------------------------------------------------------------------------- reading

@@ -101,3 +101,24 @@ class CacheSpec:
 def shard_paths(folder: Path, shard: int) -> tuple[Path, Path]:
     """(records, seal) of one shard."""
     return folder / f"{shard:05d}.bin", folder / f"{shard:05d}.json"
+
+
+def to_disk(field: Field, values, rows: np.ndarray, take: np.ndarray) -> np.ndarray:
+    """The rows to keep of one output, in the type on disk; checked for shape and finite values."""
+    values = np.asarray(values)
+    if values.shape != (len(rows), *field.shape):
+        raise CacheError(
+            f"{field.name} has shape {values.shape}, the cache was described with "
+            f"{(len(rows), *field.shape)}"
+        )
+    disk, seen = DTYPES[field.dtype]
+    values = values[take]
+    with np.errstate(over="ignore"):
+        cast = values.astype(seen, copy=False)
+    good = cast == values if seen.kind in "iu" else np.isfinite(cast)
+    good = good.all(axis=tuple(range(1, good.ndim)))
+    if not good.all():
+        row = rows[take][~good][0]
+        hint = "; float16 ends at 65504, try bfloat16" if field.dtype == "float16" else ""
+        raise CacheError(f"{field.name} of row {row} does not fit into finite {field.dtype}{hint}")
+    return cast.view(disk)
