@@ -35,14 +35,26 @@ def add_adapters(tree: Tree, targets: Sequence[str], rank: int, alpha: float, se
 def merge_adapters(tree: Tree) -> Tree:
     """The tree without adapters: kernel + scale * a b, in the kernel's dtype, nothing else touched.
 
-    Kernels stay where they are; one layer of a stack is merged at a time.
+    Kernels stay where they are, numpy arrays on the host; one layer of a stack is merged at a time.
     """
     if not isinstance(tree, Mapping):
         return tree
     if not set(NAMES) <= set(tree):
         return {name: merge_adapters(child) for name, child in tree.items()}
     merged = {name: leaf for name, leaf in tree.items() if name not in NAMES}
-    return merged | {"kernel": _merge_kernel(tree["kernel"], *(tree[name] for name in NAMES))}
+    kernel, adapters = tree["kernel"], [tree[name] for name in NAMES]
+    # What was gathered from several hosts would not fit into the memory of one of their devices.
+    merge = _merge_on_host if isinstance(kernel, np.ndarray) else _merge_kernel
+    return merged | {"kernel": merge(kernel, *adapters)}
+
+
+def _merge_on_host(kernel, a, b, scale) -> np.ndarray:
+    merged, layers = np.empty_like(kernel), kernel.shape[:-2]
+    a, b, scale = (np.asarray(leaf, np.float32) for leaf in (a, b, scale))
+    for layer in np.ndindex(layers):
+        update = scale[layer] * (a[layer] @ b[layer])
+        merged[layer] = (kernel[layer].astype(np.float32) + update).astype(kernel.dtype)
+    return merged
 
 
 @jax.jit

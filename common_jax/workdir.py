@@ -23,7 +23,16 @@ LENGTHS = ("optim.steps", "optim.epochs")
 FREE_KEYS = (*LENGTHS, "data.workers", "data.cache_dir", "model.pool")
 
 # Settings that a task got later, with what its earlier runs computed; those are read with them.
-ADDED = {"satdifuser_pretrain": {"model.zero_snr": False}}
+ADDED = {
+    "satdifuser_pretrain": {
+        "model.zero_snr": False,
+        "model.noise_offset": 0.0,
+        "model.input_perturbation": 0.0,
+        "model.vae_dtype": "float32",
+        "data.places": "",
+        "data.weights": [],
+    }
+}
 
 DONE = "DONE"  # this file says that a run came to its end and was scored
 

@@ -9,7 +9,8 @@
 On the built-in scenes (the default) about 15 minutes on 2 CPU cores; the validation loss falls from
 1.0 to about 0.35 and `samples/` shows scenes. The trained pipeline lies in WORKDIR/export, in the
 public layout that `--config.model.weights=` of a probe reads. `size=sd21` is Stable Diffusion 2.1
-from scratch, `published` that size with the recipe of DiffusionSat. `:tiny` runs in seconds.
+from scratch, `published` that size with the recipe of DiffusionSat (`side=512`: that of its larger
+release). `:tiny` runs in seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from configs.base import base_config, parse_arg, shrink
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    allowed = {"dataset": "scenes", "size": "small", "published": False, "tiny": False}
+    allowed = {"dataset": "scenes", "size": "small", "side": "", "published": False}
+    allowed |= {"tiny": False}
     chosen = parse_arg(arg, allowed)
     c = base_config()
     c.task = "satdifuser_pretrain"
@@ -43,15 +45,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.min_snr_mode = "corrected"  # corrected | published (epsilon form on v targets)
     c.model.metadata_dropout = 0.1  # chance of each field of each image to become 0
     c.model.caption_dropout = 0.1  # chance of the empty prompt instead of the caption
+    c.model.noise_offset = 0.0  # of one more draw of noise a channel and image, added to the noise
+    c.model.input_perturbation = 0.0  # of one more draw, added to what is seen, not to the target
     c.model.dtype = "float32"
+    c.model.vae_dtype = "float32"  # of the frozen VAE: float32 | bfloat16 | float16
     c.model.remat = "none"  # none | dots | full: what the backward pass computes again
 
     c.data = ConfigDict()
     c.data.name = chosen["dataset"]
     c.data.train = ""  # folders, separated by commas (folder); tars, records or a CSV (satellite)
+    c.data.weights = ()  # how often each of several is drawn; () = by length (satellite)
+    c.data.places = ""  # CSV file with the polygons of fMoW, for tars (satellite)
     c.data.exclude = ""  # JSON list of image names that must not be seen
     c.data.size = 100_000  # scenes drawn for training; each is made when it is read
-    c.data.val_size = 256
+    c.data.val_size = 256  # pictures of the validation loss, spread over those held out; 0 = all
     c.data.holdout = 0.05  # share of images for the validation loss (folder, satellite)
     c.data.side = 64  # pixels
     c.data.smallest_crop = 40  # pixels of the picture before resizing; 0 = centre crop
@@ -82,9 +89,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.log.every = 50
 
     if chosen["published"] or chosen["size"] == "sd21":
-        enlarge(c)
+        enlarge(c, int(chosen["side"] or 256))
     elif chosen["size"] != "small":
         raise ValueError(f"size={chosen['size']!r}: known are small and sd21")
+    if chosen["side"]:
+        c.data.side = int(chosen["side"])
+    if chosen["dataset"] == "satellite":
+        keep_captions_true(c)
     if chosen["published"]:
         follow_diffusionsat(c)
     if chosen["tiny"]:
@@ -92,8 +103,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return c.lock()
 
 
-def enlarge(c: ConfigDict) -> None:
-    """The sizes of Stable Diffusion 2.1, at 256 pixels."""
+def enlarge(c: ConfigDict, side: int) -> None:
+    """The sizes of Stable Diffusion 2.1, for pictures of `side` pixels."""
     c.model.vae = c.model.text = "sd21"
     c.model.channels = (320, 640, 1280, 1280)
     c.model.heads = (5, 10, 20, 20)
@@ -101,12 +112,19 @@ def enlarge(c: ConfigDict) -> None:
     c.model.context_dim = 1024
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
-    c.data.side = 256
-    c.data.smallest_crop = 192
+    c.data.side = side
+    c.data.smallest_crop = side * 3 // 4
     c.batch_size = 64
     c.optim.lr = 1e-4
     c.optim.ema_decay = 0.9999
     c.optim.steps = 150_000
+
+
+def keep_captions_true(c: ConfigDict) -> None:
+    """Whole pictures, upright: captions tell places and numbers, "1 tower in the top left"."""
+    c.data.smallest_crop = 0
+    c.data.flips = False
+    c.eval.guidance = 3.0
 
 
 def follow_diffusionsat(c: ConfigDict) -> None:
@@ -115,9 +133,11 @@ def follow_diffusionsat(c: ConfigDict) -> None:
     c.model.caption_dropout = 0.0
     c.data.smallest_crop = 0
     c.data.flips = False
-    c.optim.lr = 4e-6
+    c.optim.lr = 4e-6 if c.data.side < 512 else 2e-6
     c.optim.schedule = "constant"
     c.optim.warmup_epochs = 0.0
+    c.checkpoint.every = 500
+    c.checkpoint.keep_every = 10_000
 
 
 def shrink_model(c: ConfigDict) -> None:

@@ -11,6 +11,7 @@ No jax here: data-loading processes read caches too.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -26,11 +27,15 @@ import numpy as np
 from common_jax.files import atomic_path, read_json, sha256_file, write_json
 from common_jax.lock import locked
 from common_jax.progress import Progress, format_size
-from satdifuser_jax.cache_spec import DTYPES, CacheError, CacheSpec, Field, shard_paths
+from satdifuser_jax.cache_spec import DTYPES, CacheError, CacheSpec, shard_paths, to_disk
 
 Batch = Mapping[str, Any]
 Batches = Callable[[np.ndarray], Iterable[Batch]] | Iterable[Batch]
 Encode = Callable[[Batch], Sequence]  # device or numpy arrays, one [b, ...] per field
+
+CACHE_SECONDS = 2 * 3600.0  # without a new shard: then nobody seems to make the missing ones
+POLL_SECONDS, TELL_SECONDS = 2.0, 60.0  # between two looks at most, and between two lines
+OPEN_SHARDS = 64  # files a cache holds open: a process may have 1024, and several caches
 
 
 class Subset(Sequence):
@@ -44,6 +49,14 @@ class Subset(Sequence):
 
     def __getitem__(self, i: int):
         return self.source[int(self.rows[i])]
+
+
+def spread_rows(total: int, count: int) -> np.ndarray:
+    """Row numbers of at most `count` rows, evenly over all `total` from the first to the last.
+
+    Sets lie in the order of their classes or places: neighbours look alike.
+    """
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 # --------------------------------------------------------------------------------------- building
@@ -109,16 +122,35 @@ def encode_rows(
         yield pending
 
 
-def wait_for_cache(root: str | os.PathLike, spec: CacheSpec, timeout_s: float = 86400.0) -> Cache:
-    """Open a cache once the other hosts have written their shards; looks every few seconds."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return open_cache(root, spec)
-        except CacheError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(2.0)
+def wait_for_cache(
+    root: str | os.PathLike, spec: CacheSpec, timeout_s: float = CACHE_SECONDS
+) -> Cache:
+    """Open a cache once the other processes have written their shards; says what is waited for.
+
+    CacheError names the missing shards when none was finished for `timeout_s` seconds.
+    """
+    folder = Path(root) / spec.folder
+    lacking = _find_lacking(folder, spec, range(spec.num_shards))
+    newest, told, pause = time.monotonic(), -TELL_SECONDS, 0.1
+    while lacking:
+        now = time.monotonic()
+        if now - newest >= timeout_s:
+            raise CacheError(
+                f"{_describe_lacking(folder, spec, lacking)}; none was finished for "
+                f"{timeout_s:.0f} s"
+            )
+        if now - told >= TELL_SECONDS:
+            _say(
+                f"waiting for other processes: {len(lacking)} of {spec.num_shards} shards of "
+                f"{folder} are missing (given up after {timeout_s:.0f} s without a new one)"
+            )
+            told = now
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
+        left = _find_lacking(folder, spec, lacking)
+        newest = newest if len(left) == len(lacking) else time.monotonic()
+        lacking = left
+    return open_cache(root, spec)
 
 
 def _prepare(root: Path, spec: CacheSpec) -> Path:
@@ -236,34 +268,16 @@ class _Writer:
             )
 
 
-def to_disk(field: Field, values, rows: np.ndarray, take: np.ndarray) -> np.ndarray:
-    """The rows to keep of one output, in the type on disk; checked for shape and finite values."""
-    values = np.asarray(values)
-    if values.shape != (len(rows), *field.shape):
-        raise CacheError(
-            f"{field.name} has shape {values.shape}, the cache was described with "
-            f"{(len(rows), *field.shape)}"
-        )
-    disk, seen = DTYPES[field.dtype]
-    values = values[take]
-    with np.errstate(over="ignore"):
-        cast = values.astype(seen, copy=False)
-    good = cast == values if seen.kind in "iu" else np.isfinite(cast)
-    good = good.all(axis=tuple(range(1, good.ndim)))
-    if not good.all():
-        row = rows[take][~good][0]
-        hint = "; float16 ends at 65504, try bfloat16" if field.dtype == "float16" else ""
-        raise CacheError(f"{field.name} of row {row} does not fit into finite {field.dtype}{hint}")
-    return cast.view(disk)
-
-
 # ---------------------------------------------------------------------------------------- reading
 class Cache:
-    """Random access to a finished cache. Picklable; opens shards as they are asked for."""
+    """Random access to a finished cache. Picklable; the shards read last stay open."""
 
     def __init__(self, folder: Path, spec: CacheSpec):
         self.folder, self.spec = folder, spec
-        self._shards: dict[int, np.ndarray] = {}
+        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)  # threads may share it
+
+    def __reduce__(self):
+        return Cache, (self.folder, self.spec)
 
     def __len__(self) -> int:
         return self.spec.rows
@@ -280,14 +294,8 @@ class Cache:
         """The arrays of several images, one [len(rows), *shape] per field, copied."""
         return tuple(np.stack(column) for column in zip(*(self[row] for row in rows)))
 
-    def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._shards:
-            data, _ = shard_paths(self.folder, shard)
-            self._shards[shard] = np.memmap(data, self.spec.record, mode="r")
-        return self._shards[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shards": {}}
+    def _open(self, shard: int) -> np.ndarray:
+        return np.memmap(shard_paths(self.folder, shard)[0], self.spec.record, mode="r")
 
 
 def open_cache(root: str | os.PathLike, spec: CacheSpec) -> Cache:
@@ -296,18 +304,28 @@ def open_cache(root: str | os.PathLike, spec: CacheSpec) -> Cache:
     if not (folder / "spec.json").exists():
         raise CacheError(f"no {spec.kind} cache of this key in {root}; build it with build_cache")
     _prepare(Path(root), spec)
+    lacking = _find_lacking(folder, spec, range(spec.num_shards))
+    if lacking:
+        raise CacheError(_describe_lacking(folder, spec, lacking))
+    return Cache(folder, spec)
+
+
+def _find_lacking(folder: Path, spec: CacheSpec, shards: Iterable[int]) -> list[int]:
+    """Those of `shards` that are not whole: no seal, no records, or of another size."""
     lacking = []
-    for shard in range(spec.num_shards):
+    for shard in shards:
         data, seal = shard_paths(folder, shard)
         size = len(spec.rows_of(shard)) * spec.record.itemsize
         if not (seal.exists() and data.exists() and data.stat().st_size == size):
             lacking.append(shard)
-    if lacking:
-        raise CacheError(
-            f"{folder} lacks shards {lacking[:8]} ({len(lacking)} of {spec.num_shards}); run the "
-            "building command again, on every host: finished shards are kept"
-        )
-    return Cache(folder, spec)
+    return lacking
+
+
+def _describe_lacking(folder: Path, spec: CacheSpec, lacking: Sequence[int]) -> str:
+    return (
+        f"{folder} lacks shards {list(lacking[:8])} ({len(lacking)} of {spec.num_shards}); run the "
+        "building command again, on every host: finished shards are kept"
+    )
 
 
 def _say(text: str) -> None:

@@ -44,17 +44,22 @@ class Field:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds. identity: a JSON value naming everything the numbers depend on."""
+    """What a cache holds. identity: a JSON value naming everything the numbers depend on.
+
+    most_rows: of a shard, which holds fewer where a row is large.
+    """
 
     kind: str
     rows: int
     fields: tuple[Field, ...]
     identity: Mapping[str, Any]
+    most_rows: int = SHARD_ROWS
 
     @property
     def content(self) -> dict:
         fields = [[f.name, list(f.shape), f.dtype] for f in self.fields]
-        return {
+        shards = {} if self.most_rows == SHARD_ROWS else {"most_rows": self.most_rows}
+        return shards | {
             "format": FORMAT,
             "kind": self.kind,
             "rows": self.rows,
@@ -81,7 +86,7 @@ class CacheSpec:
 
     @property
     def shard_rows(self) -> int:
-        return int(np.clip(SHARD_BYTES // self.record.itemsize, 1, SHARD_ROWS))
+        return int(np.clip(SHARD_BYTES // self.record.itemsize, 1, self.most_rows))
 
     @property
     def num_shards(self) -> int:
@@ -96,3 +101,24 @@ class CacheSpec:
 def shard_paths(folder: Path, shard: int) -> tuple[Path, Path]:
     """(records, seal) of one shard."""
     return folder / f"{shard:05d}.bin", folder / f"{shard:05d}.json"
+
+
+def to_disk(field: Field, values, rows: np.ndarray, take: np.ndarray) -> np.ndarray:
+    """The rows to keep of one output, in the type on disk; checked for shape and finite values."""
+    values = np.asarray(values)
+    if values.shape != (len(rows), *field.shape):
+        raise CacheError(
+            f"{field.name} has shape {values.shape}, the cache was described with "
+            f"{(len(rows), *field.shape)}"
+        )
+    disk, seen = DTYPES[field.dtype]
+    values = values[take]
+    with np.errstate(over="ignore"):
+        cast = values.astype(seen, copy=False)
+    good = cast == values if seen.kind in "iu" else np.isfinite(cast)
+    good = good.all(axis=tuple(range(1, good.ndim)))
+    if not good.all():
+        row = rows[take][~good][0]
+        hint = "; float16 ends at 65504, try bfloat16" if field.dtype == "float16" else ""
+        raise CacheError(f"{field.name} of row {row} does not fit into finite {field.dtype}{hint}")
+    return cast.view(disk)

@@ -68,15 +68,15 @@ def blend_chosen(block: BlockShape, keys, pooled, implementation, mesh, tree, x,
 
     x [B*T, H, W, C], weights and chosen [B*T, k] -> [B, H*W, P], or its mean [B, P] when `pooled`.
     implementation: `loop` goes expert by expert over its rows (CPU), `ragged` is one ragged product
-    of sorted rows (accelerators), `auto` decides by the default backend. With a mesh of several
-    devices each routes its own rows. x is a constant: no gradient flows into it.
+    of sorted rows (accelerators), `auto` decides by the platform that the program is compiled for.
+    With a mesh of several devices each routes its own rows. x is a constant: no gradient flows into
+    it.
     """
     if implementation not in ("auto", "loop", "ragged"):
         raise ValueError(f"implementation is {implementation!r}: take auto, loop or ragged")
-    if implementation == "auto":
-        implementation = "loop" if jax.default_backend() == "cpu" else "ragged"
-    blend = {"loop": _blend_looped, "ragged": _blend_ragged}[implementation]
-    run = functools.partial(blend, block, keys, pooled)
+    loop, ragged = (functools.partial(f, block, keys, pooled) for f in _BLENDS)
+    choose = functools.partial(jax.lax.platform_dependent, cpu=loop, default=ragged)
+    run = {"auto": choose, "loop": loop, "ragged": ragged}[implementation]
     if mesh is not None and mesh.size > 1:
         rows = P(BATCH_AXES)
         specs = {"in_specs": (P(), rows, rows, rows), "out_specs": rows}
@@ -191,6 +191,9 @@ def _blend_ragged(block, keys, pooled, tree, x, weights, chosen):
     weight = weights.reshape(-1)[order].reshape(-1, *[1] * (y.ndim - 1))
     shape = (n // keys, *y.shape[1:])
     return jnp.zeros(shape).at[order // k // keys].add(weight * y)
+
+
+_BLENDS = _blend_looped, _blend_ragged
 
 
 def gather_neighbours(x, side: tuple[int, int]):

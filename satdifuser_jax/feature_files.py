@@ -20,8 +20,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from common_jax.files import atomic_path, read_json, write_json
 from common_jax.lock import locked
 from common_jax.progress import Progress
-from satdifuser_jax.cache import Batches, Encode, encode_rows, require_space, to_disk
-from satdifuser_jax.cache_spec import DTYPES, CacheSpec
+from satdifuser_jax.cache import Batches, Encode, encode_rows, require_space
+from satdifuser_jax.cache_spec import DTYPES, CacheSpec, to_disk
 
 RECORDS_PER_FILE = {"npz": 1, "array_record": 64}
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import os
+import secrets
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from common_jax.distributed import check_same, is_any
 from common_jax.sharding import make_mesh, put_batch
 from satdifuser_jax.backbone import fingerprint, place_backbone
-from satdifuser_jax.cache import Cache, Subset, build_cache, open_cache, wait_for_cache
+from satdifuser_jax.cache import (
+    Batches,
+    Cache,
+    Encode,
+    Subset,
+    build_cache,
+    open_cache,
+    wait_for_cache,
+)
 from satdifuser_jax.cache_spec import CacheError, CacheSpec, Field
 from satdifuser_jax.extract import Backbone, extract_features, features_at
 from satdifuser_jax.extract_config import ExtractConfig
@@ -18,6 +34,8 @@ from satdifuser_jax.features import describe, make_encoder
 from satdifuser_jax.preprocess import to_pixels
 
 CACHES = ("none", "latents", "taps")
+MOST_PICTURES = 16  # of a device at once, while a cache is built
+SHARED_SECONDS = 60.0  # until a network file system shows what another host wrote
 # Cached type of a label by its dimensions: class, multi-hot vector, map of classes.
 LABEL_TYPES = {0: "int32", 1: "float32", 2: "int16"}
 
@@ -66,16 +84,96 @@ class CachedExamples:
         return arrays
 
 
+# ------------------------------------------------------------------------------ several processes
+def open_or_build(
+    root: str | os.PathLike, batches: Batches, encode: Encode, spec: CacheSpec
+) -> Cache:
+    """The cache of `spec`; every process must ask, and builds its own of the missing shards.
+
+    batches, encode: see `build_cache`. Raises ValueError where the processes see different data,
+    CacheError where they do not see one folder.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        build_cache(root, batches, encode, spec)
+        return open_cache(root, spec)
+    check_alike(spec)
+    check_shared(root)
+    build_cache(root, batches, encode, spec, host=index, num_hosts=count)
+    return wait_for_cache(root, spec)
+
+
+def open_finished(root: str | os.PathLike, specs: tuple[CacheSpec, ...]) -> list[Cache]:
+    """The caches of `specs` where every process finds all of them complete; else []."""
+    caches = []
+    with contextlib.suppress(CacheError):
+        caches = [open_cache(root, spec) for spec in specs]
+    if is_any(not caches):
+        return []
+    for spec in specs:
+        check_alike(spec)
+    return caches
+
+
+def check_alike(spec: CacheSpec) -> None:
+    """ValueError where the processes would build caches of different things."""
+    check_same(f"the number of images of the {spec.kind} cache", spec.rows)
+    # The key covers the content of the source, the weights and all settings.
+    check_same(f"the key of the {spec.kind} cache (data, weights)", int(spec.key[:12], 16))
+
+
+def check_shared(root: str | os.PathLike, seconds: float = SHARED_SECONDS) -> None:
+    """CacheError, in every process alike, where `root` is not one folder for all of them.
+
+    Process 0 leaves a file there for which the others look, for so many seconds.
+    """
+    mine = np.int32(secrets.randbits(31))
+    token = int(multihost_utils.broadcast_one_to_all(mine))  # a name that no older run left behind
+    root = Path(root).expanduser()
+    file, is_first = root / f".shared-{token:08x}", jax.process_index() == 0
+    root.mkdir(parents=True, exist_ok=True)
+    if is_first:
+        file.touch()
+    deadline = time.monotonic() + seconds
+    # A listing is asked of the server; of a single name its absence may be remembered.
+    while not (seen := file.name in os.listdir(root)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    is_apart = is_any(not seen)
+    if is_first:
+        file.unlink(missing_ok=True)
+    if is_apart:
+        raise CacheError(
+            f"data.cache_dir={root} is not one folder for all {jax.process_count()} processes: "
+            f"some did not see within {seconds:g} s what process 0 wrote there. Set it to a "
+            "folder on a file system that all of them share, or data.cache=none"
+        )
+
+
+def building_size(batch_size: int) -> int:
+    """Pictures that this process encodes at once for a cache: its share of a global batch.
+
+    A multiple of its devices, at most MOST_PICTURES each.
+    """
+    each = -(-batch_size // jax.device_count())
+    return min(each, MOST_PICTURES) * jax.local_device_count()
+
+
 class FeatureMaker:
     """Turns batches into features with one frozen backbone, and keeps caches of them."""
 
     def __init__(self, backbone: Backbone, config: ExtractConfig, mesh, cache: dict):
-        """cache: {"kind", "dir", "dtype"}."""
+        """cache: {"kind", "dir", "dtype", "workers"}."""
         if cache["kind"] not in CACHES:
             raise ValueError(f"data.cache={cache['kind']!r} is unknown; use one of {CACHES}")
         self.model = fingerprint(backbone)
         self.given, self.backbone = backbone, place_backbone(backbone, mesh)
         self.config, self.mesh, self.cache = config, mesh, cache
+
+    def on(self, mesh) -> FeatureMaker:
+        """The same model on another mesh."""
+        other = copy.copy(self)
+        other.backbone, other.mesh = place_backbone(self.given, mesh), mesh
+        return other
 
     def features(self, batch):
         """Batch with pixels, latents or cached taps -> tuple over scales of [B,T,H,W,C]."""
@@ -98,14 +196,11 @@ class FeatureMaker:
         """
         if self.cache["kind"] == "none":
             return source
-        whole = getattr(source, "source", None)
+        root, whole = self.cache["dir"], getattr(source, "source", None)
         if whole is not None and hasattr(source, "indices"):
-            try:
-                specs = self._specs(whole, side)
-                caches = [open_cache(self.cache["dir"], spec) for spec in specs]
+            caches = open_finished(root, self._specs(whole, side))
+            if caches:
                 return CachedExamples(source, caches, source.indices)
-            except CacheError:
-                pass
         specs = self._specs(source, side)
         # Every process fills its own shards at its own pace: nothing global may be computed here.
         local = make_mesh(devices=jax.local_devices())
@@ -122,16 +217,14 @@ class FeatureMaker:
 
         transform = ToProbeInput(side, bool(extra))
         jobs = [(specs[0], encode_features, transform), (specs[1], _take_label, _keep_label)]
-        caches = []
+        caches, size = [], building_size(batch_size)
         for spec, encode_batch, prepare in jobs:
 
             def load(wanted, prepare=prepare):
-                return batches(Subset(source, wanted), (prepare,), batch_size=batch_size)
+                picked = Subset(source, wanted)
+                return batches(picked, (prepare,), batch_size=size, workers=self.cache["workers"])
 
-            hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
-            build_cache(self.cache["dir"], load, encode_batch, spec, **hosts)
-            opened = wait_for_cache if hosts["num_hosts"] > 1 else open_cache
-            caches.append(opened(self.cache["dir"], spec))
+            caches.append(open_or_build(root, load, encode_batch, spec))
         return CachedExamples(source, caches)
 
     def _specs(self, source, side: int) -> tuple[CacheSpec, CacheSpec]:

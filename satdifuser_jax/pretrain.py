@@ -9,7 +9,6 @@ See Khanna et al. 2024 (DiffusionSat), Hang et al. 2023 (min-SNR), Ho and Salima
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from common_jax.sharding import (
     tree_shardings,
 )
 from common_jax.task import Evaluator, PlanRow, Task
-from satdifuser_jax.backbone import EMPTY_PROMPT, export_backbone
+from satdifuser_jax.backbone import EMPTY_PROMPT, cast_params, export_backbone
 from satdifuser_jax.blocks import SHARDING_RULES
-from satdifuser_jax.cache import Subset
+from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.extract import Backbone, draw_latents, encode_latents
 from satdifuser_jax.extract_config import ExtractConfig
 from satdifuser_jax.feature_source import as_float
@@ -41,6 +40,7 @@ from satdifuser_jax.pretrain_data import (
     check_cache,
     make_transforms,
     open_pictures,
+    warn_of_crops,
 )
 from satdifuser_jax.pretrain_parts import (
     find_parts,
@@ -68,8 +68,8 @@ class PretrainTask(Task):
 
     def __init__(self, config):
         super().__init__(config)
-        check_cache(config.data)
         self.parts = parts = find_parts(config.model, config.data.side)
+        check_cache(config.data, config.model, has_text=bool(parts.text))
         # No text tower: one zero token, so that cross-attention adds a bias.
         length = parts.text.max_position_embeddings if parts.text else 1
         empty = np.zeros((1, length, parts.unet.cross_attention_dim), np.float32)
@@ -96,14 +96,15 @@ class PretrainTask(Task):
     def prepare(self, mesh, batches):
         """Loads the frozen parts: onto the mesh, and as host arrays for caches and drawing."""
         self.mesh, self.batches, tower = mesh, batches, None
-        frozen = self.frozen.replace(codec_params=load_codec_params(self.parts))
+        codec_params = cast_params(load_codec_params(self.parts), self.config.model.vae_dtype)
+        frozen = self.frozen.replace(codec_params=codec_params)
         if self.parts.text:
+            warn_of_crops(self.config.data)
             tower = load_text(self.parts, self.config.model.dtype)
             empty = np.asarray(embed_ids(tower, self.tokenizer([EMPTY_PROMPT])), np.float32)
             frozen = frozen.replace(context=empty, uncond=empty)
         if self.config.data.cache != "none":
             size = self.config.eval.batch_size or self.config.batch_size
-            size = math.lcm(size, jax.local_device_count())
             self.maker = Precomputed(frozen, tower, self.last_transform, batches, size)
         self.host = frozen, tower
         self.frozen = frozen.replace(codec_params=self._place(frozen.codec_params))
@@ -149,8 +150,6 @@ class PretrainTask(Task):
         return self._source("train")
 
     def transforms(self, split):
-        if self.config.data.cache != "none":
-            return ()
         return make_transforms(self.config.data, split, self.last_transform)
 
     # -- objective -------------------------------------------------------------------------
@@ -174,10 +173,13 @@ class PretrainTask(Task):
             made["context"] = embed_ids(tower, batch["ids"])
         return made
 
-    def _errors(self, params, batch, t, noise):
-        """Mean squared error per image [B], float32, of the prediction at times t [B]."""
+    def _errors(self, params, batch, t, noise, seen=None):
+        """Mean squared error per image [B], float32, of the prediction at times t [B].
+
+        noise: what the target is made of; seen: what is added to the latents, if that is another.
+        """
         latents, schedule = batch["latents"], self.frozen.schedule
-        noisy = schedule.add_noise(latents, noise, t)
+        noisy = schedule.add_noise(latents, noise if seen is None else seen, t)
         target = schedule.training_target(latents, noise, t)
         context = batch.get("context", self.frozen.uncond)
         out, _ = self.unet.apply(
@@ -191,7 +193,7 @@ class PretrainTask(Task):
         parts = jax.vmap(lambda k: jax.random.split(k, 4))(keys)
         steps = schedule.num_train_timesteps
         t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(parts[:, 0])
-        noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(parts[:, 1])
+        noise, seen = draw_noise(parts[:, 1], latents.shape[1:], model)
         given = dict(batch)
         if "metadata" in batch:
             fields = batch["metadata"]
@@ -201,7 +203,7 @@ class PretrainTask(Task):
             text = batch["context"]
             keep = _keep(parts[:, 3], model.caption_dropout, (1, 1))
             given["context"] = jnp.where(keep, text, self.frozen.uncond.astype(text.dtype))
-        errors = self._errors(params, given, t, noise)
+        errors = self._errors(params, given, t, noise, seen)
         weights = jnp.ones_like(errors)
         if model.min_snr_gamma:
             weights = schedule.min_snr_weight(t, model.min_snr_gamma, model.min_snr_mode)
@@ -263,10 +265,10 @@ class PretrainTask(Task):
         return to_uint8(np.asarray(pixels))[:count]
 
     def _held_out(self, count: int, mesh):
-        """A batch of at least `count` validation rows, repeated where there are fewer."""
+        """A batch of at least `count` validation rows, spread over all, repeated where too few."""
         ways, source = count_ways(mesh), self._source("val")
         rows = -(-count // ways) * ways
-        picked = Subset(source, np.arange(rows) % len(source))
+        picked = Subset(source, np.resize(spread_rows(len(source), rows), rows))
         loader = self.batches(picked, self.transforms("val"), batch_size=rows)
         return put_batch(next(loader), mesh)
 
@@ -286,12 +288,32 @@ class PretrainTask(Task):
     def report(self, params, state, results, workdir):
         (frozen, tower), folder = self.host, Path(workdir) / "export"
         backbone = frozen.replace(unet_params=params)
+        if self.config.model.vae_dtype != "float32":  # the export has the VAE as it was read
+            backbone = backbone.replace(codec_params=load_codec_params(self.parts))
         if tower is None:
             export_backbone(folder, backbone, {p: frozen.uncond[0] for p in (PROMPT, "")})
         else:
             words = self.parts.folders["tokenizer"]
             text = self.parts.text, tower.params
             export_backbone(folder, backbone, {}, tower=text, tokenizer=words)
+
+
+def draw_noise(keys, shape, model) -> tuple[jax.Array, jax.Array]:
+    """(noise of the target, noise added to the latents) [B, *shape], one key a row.
+
+    The same but for the two options of the published trainer: model.noise_offset adds a constant a
+    channel to both, model.input_perturbation more noise to the second (arXiv 2301.11706).
+    """
+
+    def draw(number: int, shape):
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, number), shape))(keys)
+
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    if model.noise_offset:
+        noise = noise + model.noise_offset * draw(1, (1, 1, shape[-1]))
+    if not model.input_perturbation:
+        return noise, noise
+    return noise, noise + model.input_perturbation * draw(2, shape)
 
 
 def _keep(keys, dropout: float, shape) -> jax.Array:

@@ -72,7 +72,10 @@ def find_parts(model, side: int) -> Parts:
     width = text.hidden_size if text else model.context_dim
     if "unet" in folders:
         fields = FIELDS if model.metadata else 0
-        unet = dataclasses.replace(read_config(folders["unet"], "unet"), num_metadata=fields)
+        unet = read_config(folders["unet"], "unet")
+        # The side that its export draws by default is the one of this run.
+        latent = side // codec.factor
+        unet = dataclasses.replace(unet, num_metadata=fields, sample_size=latent)
     else:
         unet = unet_config(model, codec.latent_channels, width, side // codec.factor)
     _check(unet, codec, text, folders)
@@ -81,10 +84,11 @@ def find_parts(model, side: int) -> Parts:
 
 def _find_codec(model, folders):
     if "vae" not in folders:
-        return AutoencoderKL(VAEConfig()) if model.vae == SD21 else SpaceToDepth(model.patch)
+        sd21 = AutoencoderKL(VAEConfig(), dtype=jnp.dtype(model.vae_dtype))
+        return sd21 if model.vae == SD21 else SpaceToDepth(model.patch)
     if is_weightless(folders["vae"]):
         return load_codec(folders["vae"])[0]
-    return AutoencoderKL(read_config(folders["vae"], "vae"))
+    return AutoencoderKL(read_config(folders["vae"], "vae"), dtype=jnp.dtype(model.vae_dtype))
 
 
 def _find_text(model, folders) -> TextConfig | None:
@@ -147,7 +151,7 @@ def load_unet_params(parts: Parts, seed: int) -> dict:
 
 
 def load_codec_params(parts: Parts) -> dict:
-    """Host arrays of the frozen codec; {} for one without parameters."""
+    """Host arrays of the frozen codec, in float32; {} for one without parameters."""
     if isinstance(parts.codec, SpaceToDepth):
         return {}
     return load_codec(parts.require("vae", "model.vae"))[1]

@@ -183,6 +183,16 @@ class ProbeTask(Task):
 
     @property
     def accumulates(self) -> bool:
+        """ValueError where it is a mixture of experts that cannot, with the reason."""
+        model = self.config.model
+        if model.fuser == "moe" and (model.warmup == "calls" or model.balance_weight):
+            name, why = "model.warmup=calls", "counts every microbatch as a call"
+            if model.balance_weight:
+                name, why = "model.balance_weight", "looks at the use of experts in a whole batch"
+            raise ValueError(
+                f"{name} {why}: in microbatches it would be another training. Use "
+                f"optim.accumulate=1, or {'0' if model.balance_weight else 'steps'} there"
+            )
         return not self.spec.segments  # UPerNet has BatchNorm
 
     # -- seam ------------------------------------------------------------------------------
@@ -191,6 +201,7 @@ class ProbeTask(Task):
         """Put the frozen model on a mesh; `encode` and `predict` work from here on."""
         data = self.config.data
         cache = {"kind": data.cache, "dir": data.cache_dir, "dtype": data.cache_dtype}
+        cache["workers"] = data.workers
         self.mesh = mesh
         self.maker = FeatureMaker(self.backbone, self.extract_config, mesh, cache)
         return self.maker

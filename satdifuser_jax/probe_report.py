@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from common_jax.sharding import make_mesh
 from satdifuser_jax import figures
-from satdifuser_jax.cache import Subset
+from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.preprocess import resize, to_unit
 
 SHOWN = 8
 
 
 def write_report(task, params, state, workdir: str) -> list[Path]:
-    """Draw confusion counts, fusion weights and predictions of a ProbeTask; returns the files."""
+    """Draw confusion counts, fusion weights and predictions of a ProbeTask; returns the files.
+
+    Of several processes one may call it: then it computes on a device of its own.
+    """
+    if jax.process_count() > 1:
+        task = copy.copy(task)
+        task.mesh = make_mesh(devices=jax.local_devices()[:1])
+        task.maker = task.maker.on(task.mesh)
     folder = Path(workdir) / "figures"
     folder.mkdir(exist_ok=True)
     scales, times, spec = task.spec.scales, task.times, task.spec
@@ -66,7 +75,7 @@ def spread_examples(task, count: int, split: str = "test"):
     Splits are often sorted by class: the first examples would all look alike.
     """
     cached, source = task.cached[split], task.sources[split]
-    rows = np.linspace(0, len(cached) - 1, min(count, len(cached))).round().astype(int)
+    rows = spread_rows(len(cached), count)
     batch = next(iter(task.batches(Subset(cached, rows), task.transforms(split))))
     rows = rows[: int(np.asarray(batch["mask"]).sum())]  # a batch may be smaller than `count`
     batch = {k: v[: len(rows)] for k, v in batch.items() if v.dtype.kind in "biufV"}

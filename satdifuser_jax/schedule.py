@@ -22,9 +22,11 @@ TRAINED_TYPES = ("epsilon", "v_prediction")
 SNR_MODES = ("published", "corrected")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
+# Classes whose betas, and whose times in steps of 20 with offset 1, are the same. Stable Diffusion
+# 2.1 base names the second; its own sampling rule is left out, DDIM draws in its place.
+CLASSES = ("DDIMScheduler", "PNDMScheduler")
 # What a field means when scheduler_config.json leaves it out, and the one value supported here.
 _REQUIRED = {
-    "_class_name": (None, "DDIMScheduler"),
     "steps_offset": (0, 1),
     "clip_sample": (True, False),
     "thresholding": (False, False),
@@ -106,13 +108,18 @@ class Schedule:
     @classmethod
     def from_config(cls, config: Mapping, *, source: str = "scheduler_config.json") -> Schedule:
         """Read a scheduler_config.json; what would change results is refused, naming the key."""
+        kind = config.get("_class_name")
+        if kind not in CLASSES:
+            raise ScheduleError(
+                f"{source}: _class_name={kind!r}, but only {' and '.join(CLASSES)} work (another "
+                "class spaces timesteps differently, so keys would shift)"
+            )
+        if kind == "PNDMScheduler":  # it never clips, and its other defaults differ
+            config = {"clip_sample": False, "set_alpha_to_one": False} | dict(config)
         for name, (default, wanted) in _REQUIRED.items():
             found = config.get(name, default)
             if found != wanted:
-                hint = ""
-                if name == "_class_name":
-                    hint = " (another class spaces timesteps differently, so keys would shift)"
-                raise ScheduleError(f"{source}: {name}={found!r}, but only {wanted!r} works{hint}")
+                raise ScheduleError(f"{source}: {name}={found!r}, but only {wanted!r} works")
         named = {
             name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None
         }
@@ -130,7 +137,11 @@ class Schedule:
     def to_config(self) -> dict:
         """A scheduler_config.json from which `from_config` and diffusers get this schedule."""
         fixed = {name: wanted for name, (_, wanted) in _REQUIRED.items()}
-        return {**fixed, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        return {
+            "_class_name": CLASSES[0],
+            **fixed,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+        }
 
     @property
     def alphas_cumprod(self) -> np.ndarray:

@@ -69,7 +69,7 @@ def make_faulty(what: str, step: int):
 
     kill, term: this process gets SIGKILL or SIGTERM. sleep: 4 seconds go by. fewer: one example is
     missing here. hurt: an exception that only this process raises. blind: the newest checkpoint
-    cannot be read here.
+    cannot be read here. caches, or caches that fewer see: see `make_caches`.
     """
     import orbax.checkpoint as ocp
 
@@ -82,6 +82,8 @@ def make_faulty(what: str, step: int):
             return Points(self.config.data.examples - (what == "fewer"), 0)
 
         def prepare(self, mesh, batches):
+            if what.startswith("caches"):
+                make_caches(Path(self.config.data.cache_dir), what)
             if what == "blind":
                 read, seen = ocp.CheckpointManager.restore, []
 
@@ -110,6 +112,38 @@ def make_faulty(what: str, step: int):
                 raise OSError("this disk is broken")
 
     return Faulty
+
+
+def make_caches(root: Path, what: str) -> None:
+    """A cache in a folder of all processes; one apart; one of data that differ where `what` says.
+
+    The last two are refused: the first of them is said on stderr, the second ends the process.
+    """
+    import jax
+    import numpy as np
+
+    from satdifuser_jax.cache_spec import CacheError, CacheSpec, Field
+    from satdifuser_jax.feature_source import check_shared, open_finished, open_or_build
+
+    def batches(wanted):
+        yield {"index": np.arange(len(wanted)), "mask": np.ones(len(wanted), bool)}
+
+    def spec_of(source: str) -> CacheSpec:
+        return CacheSpec("latents", 150, (Field("row", (), "int32"),), {"source": source})
+
+    def build(spec: CacheSpec):
+        return open_or_build(root, batches, lambda batch: [batch["index"]], spec)
+
+    found = build(spec_of("same")).read([0, 70, 149])
+    whole = open_finished(root, (spec_of("same"),))
+    # One process finds this whole, the other does not: neither may use it.
+    other = spec_of("same" if jax.process_index() else "absent")
+    print(f"rows {found[0].tolist()} {len(whole)} {open_finished(root, (other,))}", file=sys.stderr)
+    try:
+        check_shared(root / f"apart{jax.process_index()}", seconds=0.5)
+    except CacheError as error:
+        print(f"CacheError: {error}", file=sys.stderr)
+    build(spec_of(what))
 
 
 def main(port, process, count, workdir, changes, fault) -> int:

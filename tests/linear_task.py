@@ -88,7 +88,7 @@ def linear_config(**changes) -> ConfigDict:
     c = base_config()
     c.task = "linear"
     c.model = ConfigDict({"scale": 1.0})
-    c.data = ConfigDict({"examples": 50, "workers": 0})
+    c.data = ConfigDict({"examples": 50, "workers": 0, "cache_dir": ""})
     c.batch_size = 8
     c.optim.steps = 6
     c.optim.warmup_epochs = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -312,6 +313,41 @@ def test_shards_hold_at_most_64_rows_and_about_128_megabytes():
     assert large.shard_rows == 11 and large.num_shards == 10
     assert sum(len(large.rows_of(shard)) for shard in range(10)) == 100
     assert spec_of().shard_rows == 64
+
+
+def test_a_cache_of_small_rows_may_have_larger_shards_under_a_key_of_its_own():
+    small = CacheSpec("taps", 5000, (Field("a", (8,)),), {}, most_rows=1024)
+    assert small.shard_rows == 1024 and small.num_shards == 5
+    assert small.key != dataclasses.replace(small, most_rows=64).key
+    assert "most_rows" not in spec_of().content  # caches made before are found
+
+
+def test_a_cache_of_many_shards_holds_few_files_open(tmp_path):
+    spec = CacheSpec("taps", 80, (Field("b", (4,)),), {}, most_rows=1)
+    build_cache(tmp_path, batches, lambda batch: [encode(batch)[1]], spec)
+    cache, before = open_cache(tmp_path, spec), len(os.listdir("/proc/self/fd"))
+    found = [cache[row][0][0] for row in (*range(80), 3)]
+    assert found == [*range(80), 3]
+    assert len(os.listdir("/proc/self/fd")) - before <= cache_module.OPEN_SHARDS
+
+
+def test_waiting_says_what_is_missing_and_looks_at_that_only(tmp_path, monkeypatch, capsys):
+    spec, real, asked = spec_of(), cache_module.shard_paths, []
+    build_cache(tmp_path, batches, encode, spec, host=0, num_hosts=2)
+
+    def look(folder, shard):
+        asked.append(shard)
+        return real(folder, shard)
+
+    def build_rest(seconds):
+        del asked[:]
+        build_cache(tmp_path, batches, encode, spec, host=1, num_hosts=2)
+
+    monkeypatch.setattr(cache_module, "shard_paths", look)
+    monkeypatch.setattr(cache_module.time, "sleep", build_rest)
+    assert len(wait_for_cache(tmp_path, spec)) == ROWS
+    assert f"1 of 3 shards of {tmp_path / spec.folder} are missing" in capsys.readouterr().err
+    assert asked[-4:] == [1, 0, 1, 2]  # the missing one, then all as it is opened
 
 
 def test_the_description_lies_beside_the_shards(tmp_path):

@@ -58,7 +58,7 @@ def test_what_a_folder_lacks_is_named_when_it_is_needed(folder):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps_offset", 0), ("_class_name", "PNDMScheduler"), ("beta_schedule", "cosine")],
+    [("steps_offset", 0), ("_class_name", "EulerDiscreteScheduler"), ("beta_schedule", "cosine")],
 )
 def test_a_scheduler_that_changes_the_keys_is_refused(folder, key, value):
     file = folder / "scheduler" / "scheduler_config.json"

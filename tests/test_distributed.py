@@ -174,6 +174,19 @@ def test_a_process_with_fewer_files_is_named_and_nothing_is_trained(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_caches_are_built_together_or_refused_within_seconds(tmp_path):
+    """One cache of two processes; a folder that is not shared; a process with other files."""
+    settings = SETTINGS | {"data.cache_dir": str(tmp_path / "caches")}
+    faults = {0: ("caches of 0", 0), 1: ("caches of 1", 0)}
+    ended = run_hosts(2, tmp_path / "run", settings, faults, timeout=60)
+    assert ended.statuses == [1, 1], ended.errors
+    for told in ended.errors:
+        assert "rows [0, 70, 149] 1 []" in told, told
+        assert "is not one folder for all 2 processes: some did not see within 0.5 s" in told
+        assert "the key of the latents cache (data, weights) differs between the" in told
+    assert not list(tmp_path.glob("**/.shared-*"))
+
+
 def test_a_second_run_in_several_processes_is_refused_by_all_and_changes_nothing(tmp_path):
     held = lock_workdir(tmp_path)
     ended = run_hosts(2, tmp_path, SETTINGS)

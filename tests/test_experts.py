@@ -145,3 +145,15 @@ def test_balance_is_least_when_experts_are_used_evenly():
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation is 'sorted'"):
         blend_chosen(BLOCK, 1, True, "sorted", None, {}, None, None, None)
+
+
+def test_experts_are_compiled_for_the_platform_of_the_program_not_of_this_machine():
+    stack, x, weights = problem()
+    how = (BLOCK, KEYS, True, "auto", None)
+    chosen = jnp.asarray(ROUTINGS["spread"])
+    run = jax.jit(functools.partial(blend_chosen, *how)).trace(stack, x, weights, chosen)
+    texts = {
+        platform: run.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")
+    }
+    assert "while" in texts["cpu"] and "ragged_dot" not in texts["cpu"]
+    assert "ragged_dot" in texts["tpu"]

@@ -61,6 +61,21 @@ def test_merged_and_unmerged_adapters_give_the_same_logits(core, adapted):
     assert rel_error(logits(adapted), logits(core)) > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_on_the_host_are_merged_there_to_the_same_numbers(adapted, dtype, monkeypatch):
+    trained, frozen = split_tree(adapted, lora.TRAINABLE)
+    here = merge_trees(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), frozen), trained)
+    expected = lora.merge_adapters(jax.tree.map(jnp.asarray, here))
+    monkeypatch.setattr(lora, "_merge_kernel", None)  # nothing is put on a device
+    found = lora.merge_adapters(here)
+    assert paths(found) == paths(expected)
+    for a, b in zip(leaves(found), leaves(expected)):
+        assert type(a) is np.ndarray and a.dtype == b.dtype
+        assert rel_error(a.astype(np.float32), b.astype(np.float32)) < (
+            1e-6 if b.itemsize > 2 else 4e-3
+        )
+
+
 def test_a_layer_adds_its_product_alpha_over_rank_times():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(5, 3)).astype(np.float32)

@@ -14,7 +14,7 @@ from common_jax.train_loop import train
 from configs import satdifuser_probe
 from configs.satdifuser_pretrain import get_config
 from satdifuser_jax.backbone import load_backbone
-from satdifuser_jax.pretrain import PretrainTask
+from satdifuser_jax.pretrain import PretrainTask, draw_noise
 from satdifuser_jax.probe import ProbeTask
 from satdifuser_jax.sample_files import DrawConfig, load_sampler, write_samples
 
@@ -105,6 +105,35 @@ def test_the_loss_equals_the_formula_of_min_snr_on_a_network_that_answers_zero()
         expected += min(snr, 5.0) / snr * np.mean(target**2)
     np.testing.assert_allclose(float(loss), expected, rtol=1e-5)
     np.testing.assert_allclose(float(metrics["mse"]), plain, rtol=1e-5)
+
+
+def test_noise_offset_and_input_perturbation_are_those_of_the_published_trainer():
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(2000))
+    plain, seen = draw_noise(keys, (2, 2, 3), tiny().model)
+    assert plain is seen
+    both = tiny(**{"model.noise_offset": 0.5, "model.input_perturbation": 0.1}).model
+    noise, seen = draw_noise(keys, (2, 2, 3), both)
+    shift = np.asarray(noise - plain)  # one number a channel and image
+    np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)
+    np.testing.assert_allclose(shift[:, 0, 0].std(), 0.5, rtol=0.05)
+    more = np.asarray(seen - noise)  # every number its own
+    np.testing.assert_allclose(more.std(), 0.1, rtol=0.05)
+    assert abs(np.corrcoef(more[:, 0, 0, 0], more[:, 0, 1, 0])[0, 1]) < 0.1
+
+
+def test_perturbed_inputs_have_the_target_of_the_noise_alone():
+    class Keeps:
+        def apply(self, variables, x, t, context, metadata):
+            self.seen = x
+            return jnp.zeros_like(x), {}
+
+    losses, inputs = [], []
+    for amount in (0.0, 0.5):
+        task = PretrainTask(tiny(**{"model.input_perturbation": amount}))
+        task.unet = Keeps()
+        losses.append(float(task.loss({}, {}, batch_of(task), jax.random.key(0), None)[0]))
+        inputs.append(np.asarray(task.unet.seen))
+    assert losses[0] == losses[1] and abs(inputs[0] - inputs[1]).max() > 0.1
 
 
 def test_dropped_metadata_is_the_number_zero():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
@@ -12,9 +14,17 @@ from configs.satdifuser_pretrain import get_config
 from data.pipeline import eval_batches, train_batches
 from data.scenes import SceneSource
 from data.wording import read_wording
-from satdifuser_jax.convert import export_component
+from satdifuser_jax import pretrain_data
+from satdifuser_jax.convert import export_component, load_vae
+from satdifuser_jax.feature_source import MOST_PICTURES, building_size
 from satdifuser_jax.pretrain import PretrainTask
-from satdifuser_jax.pretrain_data import CaptionedScenes, ToTrainInput
+from satdifuser_jax.pretrain_data import (
+    WORDING_BYTES,
+    CaptionedScenes,
+    KeepWording,
+    ToTrainInput,
+    weigh_roots,
+)
 
 
 def tiny(**changes):
@@ -77,6 +87,13 @@ def test_a_cache_is_found_by_everything_it_depends_on(frozen, tmp_path):
     assert len(set(keys)) == len(keys)
 
 
+def test_a_cache_is_built_in_each_process_share_of_a_batch_and_few_pictures_a_device(monkeypatch):
+    assert [building_size(n) for n in (3, 4, 5000)] == [4, 4, 2 * MOST_PICTURES]
+    monkeypatch.setattr(jax, "device_count", lambda: 64)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert building_size(256) == 16
+
+
 def test_what_is_drawn_anew_every_time_is_not_precomputed():
     with pytest.raises(ValueError, match="draw new pixels every time"):
         PretrainTask(tiny(**{"data.cache": "latents"}))
@@ -91,6 +108,23 @@ def test_scenes_come_with_captions_that_are_true_of_them():
     assert len(set(texts)) == 10 and found.fingerprint != plain.fingerprint
     np.testing.assert_array_equal(found[3]["image"], plain[3]["image"])
     assert found[3]["metadata"].shape == (7,)
+
+
+def test_a_validation_set_is_bounded_and_spread_over_what_is_held_out(tmp_path):
+    for i in range(20):
+        Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(f"{i:02d}.png" for i in range(20)))
+    for name, root in (("folder", tmp_path), ("satellite", tmp_path / "list.csv")):
+        settings = {"data.name": name, "data.train": str(root), "data.holdout": 0.5}
+        task = PretrainTask(tiny(**settings, **{"data.val_size": 3}))
+        val = pickle.loads(pickle.dumps(task._source("val")))
+        shades = [int(np.asarray(example["image"]).max()) for example in val]
+        whole = val.source
+        assert shades == [int(np.asarray(whole[i]["image"]).max()) for i in (0, 4, 9)]
+        assert len(whole) == 10 and val.fingerprint != whole.fingerprint
+        task.prepare(make_mesh(), eval_batches)
+        drawn = np.asarray(task._held_out(2, make_mesh())["pixels"])[:, 0, 0, 0]
+        np.testing.assert_allclose((drawn + 1) * 127.5, [shades[0], shades[-1]], atol=0.01)
 
 
 def test_a_picture_without_caption_has_the_empty_prompt_and_zero_metadata(frozen):
@@ -124,3 +158,86 @@ def test_satellite_pictures_lose_parts_of_their_captions_in_training_only(frozen
         for i in range(8)
     }
     assert len(drawn) == 2
+
+
+def test_precomputed_latents_leave_captions_their_parts_to_lose(frozen, tmp_path):
+    """The same ids as from the pictures, so the unconditional case is as frequent."""
+    parts = [[[1.0, "a satellite image"]], [[0.5, " of New"], [0.2, " of a port"]], [[0.5, " Zea"]]]
+    wording = read_wording(parts)
+
+    class Described(CaptionedScenes):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"wording": wording}
+
+    found = {}
+    for cache in ("none", "latents"):
+        task = behind_vae(frozen, tmp_path, cache)
+        source = Described(SceneSource("classification", "train", 6, side=32))
+        task.sources["train"] = task.maker.of(source, task.config.data) if task.maker else source
+        with task.config.unlocked():
+            task.config.data.name = "satellite"
+        settings = {"batch_size": 32, "seed": 1}
+        batch = next(train_batches(task._source("train"), task.transforms("train"), **settings))
+        assert batch.keys() == {"index", "metadata", "ids"} | (batch.keys() & {"pixels"} or KEPT)
+        found[cache] = batch["ids"]
+    np.testing.assert_array_equal(found["none"], found["latents"])
+    assert len(np.unique(found["none"], axis=0)) == 6
+
+
+KEPT = {"mean", "logvar"}
+
+
+def test_a_vae_in_16_bit_is_exported_as_it_was_read(frozen, tmp_path):
+    parts = {"model.vae": str(frozen / "vae"), "model.vae_dtype": "bfloat16"}
+    task = PretrainTask(tiny(**parts))
+    task.prepare(make_mesh(), eval_batches)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(task.frozen.codec_params)} == {"bfloat16"}
+    task.report(task.init(0)[0], {}, {}, tmp_path)
+    _, found, _ = load_vae(tmp_path / "export" / "vae")
+    jax.tree.map(np.testing.assert_array_equal, found, load_vae(frozen / "vae")[1])
+
+
+def test_captions_that_never_fall_away_are_not_embedded_once(frozen):
+    fixed = {"data.smallest_crop": 0, "data.flips": False, "model.caption_dropout": 0.0}
+    settings = fixed | {"data.cache": "all", "model.text": str(frozen)}
+    with pytest.raises(ValueError, match="nothing to compare with. Use data.cache=latents"):
+        PretrainTask(tiny(**settings))
+    PretrainTask(tiny(**settings | {"model.caption_dropout": 0.1}))
+    PretrainTask(tiny(**settings | {"model.text": ""}))
+
+
+def test_a_caption_too_long_for_a_cache_is_refused_by_name():
+    last = ToTrainInput(32, 0)
+    image = np.zeros((32, 32, 3), np.uint8)
+    kept = KeepWording(last)({"image": image, "caption": "long " * 4000}, None)["wording"]
+    assert kept.shape == (WORDING_BYTES,) and kept.dtype == np.uint8
+    many = read_wording([[[1.0, "word " * 200]]] * 5)
+    with pytest.raises(ValueError, match="farm: its caption with all parts takes"):
+        KeepWording(last)({"image": image, "wording": many, "id": "farm"}, None)
+
+
+def test_places_and_weights_of_a_mix_reach_the_reader(monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        pretrain_data, "open_satellite", lambda split, **it: given.update({split: it})
+    )
+    settings = {"data.name": "satellite", "data.train": "a-{0,1}.tar,b", "data.places": "fmow.csv"}
+    data = tiny(**settings, **{"data.weights": (2.0, 1.0), "data.val_size": 0}).data
+    for split in ("train", "val"):
+        pretrain_data._open_all(data, split, has_text=True)
+    assert given["train"]["root"] == {"a-{0,1}.tar": 2.0, "b": 1.0}
+    assert given["val"]["root"] == "a-{0,1}.tar,b"
+    assert given["train"]["places"] == given["val"]["places"] == "fmow.csv"
+    with pytest.raises(ValueError, match="are 1 for 2 places in data.train"):
+        weigh_roots("a,b", (1.0,))
+
+
+def test_captioned_pictures_are_shown_whole_and_upright_unless_asked_for(capsys):
+    for arg in ("dataset=satellite", "dataset=satellite,size=sd21"):
+        data = get_config(arg).data
+        assert (data.smallest_crop, data.flips) == (0, False)
+    assert get_config("size=sd21,side=512").data.smallest_crop == 384
+    pretrain_data.warn_of_crops(get_config("dataset=satellite").data)
+    assert not capsys.readouterr().err
+    pretrain_data.warn_of_crops(get_config().data)
+    assert "set data.smallest_crop=0 and data.flips=False" in capsys.readouterr().err

@@ -39,7 +39,10 @@ def test_every_part_of_a_pipeline_is_found_without_reading_weights(pipeline):
     for weights in pipeline.rglob("*.safetensors"):
         weights.write_bytes(b"not weights")
     parts = find_parts(settings(weights=str(pipeline)), 16)
-    assert (parts.unet, parts.codec.config, parts.text) == (UNET, VAE, TEXT)
+    # 16 pixels are 8 of the latent: what an export draws unless told otherwise.
+    unet = dataclasses.replace(UNET, sample_size=8)
+    assert UNET.sample_size != 8 and parts.unet == unet
+    assert (parts.codec.config, parts.text) == (VAE, TEXT)
     assert parts.schedule == Schedule() and set(parts.folders) == {
         "unet",
         "vae",
@@ -64,7 +67,7 @@ def test_stable_diffusion_gets_new_metadata_embeddings_and_keeps_its_weights(pip
     (pipeline / "unet" / "config.json").unlink()
     export_component(pipeline / "unet", "unet", PLAIN, weights)
     parts = find_parts(settings(weights=str(pipeline)), 16)
-    assert parts.unet == UNET
+    assert parts.unet == dataclasses.replace(UNET, sample_size=8)
     found, old = flatten(load_unet_params(parts, seed=0)), flatten(weights)
     new = {path for path in found if path.startswith("metadata_embedding_")}
     assert set(found) - set(old) == new and len(new) == 7 * 4
@@ -83,7 +86,7 @@ def test_a_pipeline_that_lacks_anything_else_is_refused(pipeline):
 
 def test_metadata_embeddings_are_dropped_where_the_run_has_no_metadata(pipeline):
     parts = find_parts(settings(weights=str(pipeline), metadata=False), 16)
-    assert parts.unet == PLAIN
+    assert parts.unet == dataclasses.replace(PLAIN, sample_size=8)
     assert not any(name.startswith("metadata") for name in load_unet_params(parts, seed=0))
 
 
@@ -98,6 +101,11 @@ def test_frozen_parts_are_read_in_the_asked_for_dtype(pipeline):
     assert tokenize(["a satellite image"]).shape == (1, TEXT.max_position_embeddings)
     vae = flatten(load_codec_params(parts))
     assert set(vae) == set(flatten(make_components()["vae"][1]))
+    assert parts.codec.dtype == "float32"
+    half = find_parts(settings(weights=str(pipeline), vae_dtype="bfloat16"), 16)
+    assert half.codec.dtype == "bfloat16" and load_codec_params(half).keys() == {
+        *load_codec_params(parts)
+    }
 
 
 def test_the_full_size_can_be_planned_without_weights_but_not_trained():
@@ -135,3 +143,7 @@ def test_published_is_the_recipe_of_diffusionsat():
     assert (c.batch_size, c.optim.steps, c.data.side) == (64, 150_000, 256)
     assert (c.model.min_snr_mode, c.model.metadata_dropout) == ("published", 0.1)
     assert (c.data.smallest_crop, c.data.flips, c.model.caption_dropout) == (0, False, 0.0)
+    assert (c.checkpoint.every, c.checkpoint.keep_every, c.eval.guidance) == (500, 10_000, 3.0)
+    large = get_config("dataset=satellite,published,side=512")
+    assert (large.optim.lr, large.data.side) == (2e-6, 512)
+    assert get_config().eval.guidance == 1.0

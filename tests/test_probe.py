@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_train_loop import PIPELINE, losses
 
+from common_jax.sharding import make_mesh
 from common_jax.train_loop import train
+from data.pipeline import eval_batches
+from satdifuser_jax import feature_source
+from satdifuser_jax.extract import features_at
 from satdifuser_jax.probe import ProbeTask
+from satdifuser_jax.probe_report import write_report
 from tests.small_probe import small_config
 
 
@@ -35,6 +41,40 @@ def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
         "confusion.png",
         "mixing_weights.png",
     }
+
+
+def test_one_of_several_processes_draws_its_report_on_a_device_of_its_own(tmp_path, monkeypatch):
+    config = small_config(
+        "tiny,fuser=gw", **{"data.cache": "latents", "data.cache_dir": str(tmp_path)}
+    )
+    task = ProbeTask(config)
+    task.prepare(make_mesh(), eval_batches)
+    params, state = task.init(0)
+    task.maker.backbone = None  # a program on the mesh of all processes would wait for the others
+    task.mesh = None
+    seen = []
+
+    def watch(backbone, *args):
+        seen.extend(leaf.devices() for leaf in jax.tree.leaves(backbone))
+        return features_at(backbone, *args)
+
+    monkeypatch.setattr(feature_source, "features_at", watch)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    write_report(task, params, state, str(tmp_path))
+    assert (tmp_path / "figures" / "mixing_weights.png").exists()
+    assert seen and set.union(*seen) == {jax.local_devices()[0]}
+    assert task.maker.backbone is None  # the task itself stays as it is
+
+
+def test_experts_that_depend_on_the_whole_batch_are_not_split():
+    for changes in ({"model.warmup": "calls"}, {"model.balance_weight": 0.1}):
+        (name,) = changes
+        with pytest.raises(
+            ValueError, match=rf"{name}.* microbatches it would be another training"
+        ):
+            _ = ProbeTask(small_config("tiny,fuser=moe", **changes)).accumulates
+    assert ProbeTask(small_config("tiny,fuser=moe")).accumulates
+    assert ProbeTask(small_config("tiny,fuser=gw", **{"model.warmup": "calls"})).accumulates
 
 
 def test_experts_warm_up_then_choose_and_the_run_draws_their_use(tmp_path, capfd):

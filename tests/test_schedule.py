@@ -147,7 +147,7 @@ def test_a_schedule_that_ends_in_noise_keeps_its_start_and_finite_weights():
 @pytest.mark.parametrize(
     "key,value",
     [
-        ("_class_name", "PNDMScheduler"),
+        ("_class_name", "EulerDiscreteScheduler"),
         ("steps_offset", 0),
         ("prediction_type", "sample"),
         ("beta_schedule", "squaredcos_cap_v2"),
@@ -158,6 +158,15 @@ def test_a_schedule_that_ends_in_noise_keeps_its_start_and_finite_weights():
 def test_an_unsupported_scheduler_setting_is_refused_by_name(key, value):
     with pytest.raises(ScheduleError, match=f"somewhere.json: {key}='?{value}"):
         Schedule.from_config({**SCHEDULE.to_config(), key: value}, source="somewhere.json")
+
+
+def test_the_scheduler_of_stable_diffusion_base_is_read_and_exported_as_ddim():
+    base = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
+    base |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "trained_betas": None}
+    base |= {"prediction_type": "epsilon", "skip_prk_steps": True, "steps_offset": 1}
+    found = Schedule.from_config(base)
+    assert found == Schedule(prediction_type="epsilon", set_alpha_to_one=False)
+    assert found.to_config()["_class_name"] == "DDIMScheduler"
 
 
 def test_config_round_trip_and_defaults_of_absent_fields():
