@@ -24,10 +24,10 @@ from data.images import SUFFIXES, ImageError, some_of
 from data.satellite_sample import CAPTION, Sample, read_fields
 from data.satellite_sets import (
     Places,
+    choose_frame,
     describe_fmow,
     describe_satlas,
     describe_spacenet,
-    frame_of,
 )
 from data.tar_index import index_tar
 from data.wording import always, compose
@@ -161,8 +161,7 @@ class TarReader:
         name = PurePosixPath(key).name
         which = re.match(r"[a-z]*", name.lower())[0]
         if which == "satlas":
-            frame = frame_of(key, len(picture))
-            shown = picture[frame]
+            shown, frame = choose_frame(key, picture, rest["info.json"]["image_names"])
             said = describe_satlas(name, rest, shown.shape[:2], frame)
             return Sample(key, to_rgb(shown, key), *said)
         if which in ("fmow", "spacenet"):

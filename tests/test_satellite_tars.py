@@ -31,6 +31,28 @@ def test_samples_of_the_three_sets_are_told_by_their_names(tmp_path):
     assert reader.sample(2).pixels().max() in (10, 20)
 
 
+@pytest.mark.parametrize(
+    "names, values, taken",
+    [
+        (["a_2018-05-06", "b_2020-07-08"], (1, 2, 3, 4, 5), {4: 2018, 5: 2020}),
+        (["a_2018-05-06", "anchor_2019-01-02", "c_2020-07-08"], (1, 2, 3, 4), {3: 2019}),
+        (["c_2020-07-08"], (7,), {7: 2020}),
+    ],
+)
+def test_the_names_of_satlas_are_those_of_the_last_pictures(tmp_path, names, values, taken):
+    """Picture and date belong together; an anchor goes before all others."""
+    write_tar(tmp_path / "a.tar", satlas(names, values))
+    sample = TarReader([tmp_path / "a.tar"]).sample(0)
+    assert taken[int(sample.pixels()[0, 0, 0])] == sample.fields["year"]
+
+
+@pytest.mark.parametrize("names, values", [((), ()), ((), (1,)), (("a_2018-05-06",) * 2, (1,))])
+def test_a_stack_without_a_picture_for_every_name_is_refused(tmp_path, names, values):
+    write_tar(tmp_path / "a.tar", satlas(names, values))
+    with pytest.raises(ImageError, match="a name for each"):
+        TarReader([tmp_path / "a.tar"]).sample(0)
+
+
 def test_pictures_with_texts_and_json_are_read(tmp_path):
     about = {"caption": "unused", "gsd": 0.3, "date": "2019-08-31"}
     members = {
