@@ -128,8 +128,15 @@ def decode_mask(path: str | os.PathLike) -> np.ndarray:
         return np.asarray(image).astype(np.int32)
 
 
+def refuse_system_errors(error: Exception) -> None:
+    """Raises what the operating system said (no such file, too many open files, a disk that does
+    not answer) once more: it tells nothing about the picture, so nothing may be skipped for it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
 class _opened:
-    """PIL image of a file; every failure to read it becomes an ImageError that names it."""
+    """PIL image of a file; every failure to decode it becomes an ImageError that names it."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.image = path, None
@@ -138,9 +145,8 @@ class _opened:
         try:
             self.image = Image.open(self.path)
             self.image.load()
-        except FileNotFoundError:
-            raise
         except Exception as error:  # decoders raise anything from OSError to struct.error
+            refuse_system_errors(error)
             reason = str(error) or type(error).__name__
             raise ImageError(
                 f"{self.path}: cannot be read as a picture ({reason}); replace or remove it, "

@@ -35,7 +35,8 @@ class SatelliteSource:
     caption is complete; `wording.DrawCaption` leaves parts out. metadata is normalised, 0 where not
     known, its gsd that of the picture when its short side is resized to `side` pixels (0: as it is
     stored). rows: places in the reader. on_corrupt: "refuse" raises at a picture or a field that
-    cannot be used, "skip" takes the next that can; `counts` tells how many there were.
+    cannot be used, "skip" takes the next that can; `counts` tells how many there were. Errors of
+    the operating system (OSError) are never skipped.
     """
 
     task, classes = "satellite", ()
@@ -147,7 +148,7 @@ class CsvReader:
         try:
             picture = (self.path.parent / row["path"]).read_bytes()
             fields = read_fields(row)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, IsADirectoryError, ValueError) as error:
             raise ImageError(f"{where}: {error}") from error
         caption = (row.get("caption") or "").strip() or CAPTION
         return Sample(row["path"], picture, compose(always(caption)), fields)

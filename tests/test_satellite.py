@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,17 @@ def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(ta
     source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
     assert [source[i]["id"] for i in (3, 4, 5, 4, 6)] == [f"{k}.png" for k in (3, 6, 6, 6, 6)]
     assert source.counts == {"skipped": 2}
+
+
+def test_errors_of_the_system_are_not_skipped(table, monkeypatch):
+    source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
+
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        source[0]
 
 
 def test_a_folder_is_read_without_captions_of_its_own(tmp_path):
