@@ -188,11 +188,13 @@ def check_images(
     paths: Sequence[str | os.PathLike],
     on_corrupt: str = "refuse",
     check: Callable[[str], object] = _check,
+    problems: list[str] | None = None,
 ) -> list:
     """Reads every file once -> the Checked ones, in order.
 
     on_corrupt: "refuse" raises ImageError naming the broken files, "skip" leaves them out and logs
-    how many and which. A file seen before in this process is not read again.
+    how many and which; `problems` is given what is wrong with each. A file seen before in this
+    process is not read again.
     """
     if on_corrupt not in ("refuse", "skip"):
         raise ValueError(f"on_corrupt='{on_corrupt}' is not refuse or skip")
@@ -206,4 +208,6 @@ def check_images(
         )
     if broken:
         logging.warning("skipped %d of %d files: %s", len(broken), len(results), some_of(broken))
+        if problems is not None:
+            problems += broken
     return [result for result in results if not isinstance(result, str)]

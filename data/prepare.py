@@ -23,7 +23,13 @@ from typing import Any
 
 from common_jax.files import read_json, sha256_file, sha256_json, write_json
 from data.catalog import open_source
-from data.packers import ExamplePacker, PicturePacker, PictureRules, SatellitePacker
+from data.packers import (
+    MAX_PROBLEMS,
+    ExamplePacker,
+    PicturePacker,
+    PictureRules,
+    SatellitePacker,
+)
 from data.record_catalog import open_records
 from data.record_files import write_records
 from data.record_pictures import INSIDE
@@ -40,7 +46,6 @@ from data.shards import (
     write_shard,
 )
 
-MAX_PROBLEMS = 20
 TEXTS = "records.jsonl"
 LEFT_BEHIND = re.compile(r"\d{5}\.array_record|\.(\d{5}|manifest|records)\..*\.partial")
 """Files of ours that a stopped run, or one with more shards, leaves."""
@@ -164,13 +169,14 @@ def finish(job: Job, notes: Sequence[dict], records: Sequence[Any]) -> Manifest:
         write_records(path, kept)
         files.append(FileNote(TEXTS, 0, path.stat().st_size, sha256_file(path)))
     packer = job.packer
+    dropped, told = packer.left_out
     manifest = Manifest(
         kind=packer.kind,
         name=packer.name,
         source=packer.fingerprint,
         files=tuple(files),
-        skipped=len(skipped),
-        problems=tuple(problems[:MAX_PROBLEMS]),
+        skipped=len(skipped) + dropped,
+        problems=(*told, *problems[:MAX_PROBLEMS]),
         about=packer.about,
     )
     wanted = {note.file for note in files}
@@ -260,6 +266,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Sequence[Any]]:
         records = source.records
         pictures = dict.fromkeys(r.image for r in records if r.image)
         packer: Any = PicturePacker(source.name, list(pictures), rules)
+        packer.left_out = source.counts["skipped"], source.problems
     elif form == "examples":
         packer = ExamplePacker(open_source(name, args.split, **options))
     else:

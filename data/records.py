@@ -99,11 +99,13 @@ def _check_turns(turns: Sequence[tuple[str, str]], answers: bool) -> None:
 class RecordSource:
     """Random access: `len`, `[i] -> {"record", "image", "id"}`, `records` (no pixels).
 
-    image is uint8 [H, W, 3], or None. counts: what was skipped or changed on reading. keep: bytes
-    of decoded pictures that stay in memory, each picture once however many records share it.
+    image is uint8 [H, W, 3], or None. counts: what was skipped or changed on reading; problems:
+    some of it in words. keep: bytes of decoded pictures that stay in memory, each picture once
+    however many records share it.
     """
 
     task = "records"
+    problems: Sequence[str] = ()
 
     def __init__(self, records: Sequence[Record], name: str, counts: Counter | None = None):
         self.records, self.name = list(records), name

@@ -2,7 +2,8 @@
 
 A reader knows one way of storing: a folder of pictures, a CSV file beside pictures, WebDataset tars
 (satellite_tars.py), or what `python -m data.prepare` wrote (shards.py). It has `len`, `name`,
-`fingerprint`, `sample(i) -> Sample`. `SatelliteSource` makes examples of any of them.
+`fingerprint`, `sample(i) -> Sample` and `problems`: what is wrong with what was left out on
+opening. `SatelliteSource` makes examples of any of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from data.satellite_tars import TarReader, find_tars
 from data.shards import PackedExamples, is_prepared, split_folder
 from data.wording import always, compose, full_caption, read_wording, sometimes
 
-MAX_NAMED = 5
+TOO_MANY, TOO_SOON = 0.1, 1000
+"""Skipping ends when more than this share of what was read is bad, after so many were read."""
 
 
 class SatelliteSource:
@@ -35,8 +37,9 @@ class SatelliteSource:
     caption is complete; `wording.DrawCaption` leaves parts out. metadata is normalised, 0 where not
     known, its gsd that of the picture when its short side is resized to `side` pixels (0: as it is
     stored). rows: places in the reader. on_corrupt: "refuse" raises at a picture or a field that
-    cannot be used, "skip" takes the next that can; `counts` tells how many there were. Errors of
-    the operating system (OSError) are never skipped.
+    cannot be used, "skip" takes the next that can, says how many there were at the 1st, 10th,
+    100th..., and raises ImageError when it is more than TOO_MANY of what this process read. Errors
+    of the operating system (OSError) are never skipped.
     """
 
     task, classes = "satellite", ()
@@ -54,6 +57,9 @@ class SatelliteSource:
         self.fingerprint = f"{reader.fingerprint}[{chosen}] gsd at {side} px, {on_corrupt}"
         self.counts: Counter[str] = Counter()
         self._broken: set[int] = set()
+        if reader.problems:
+            count, of = len(reader.problems), len(reader) + len(reader.problems)
+            logging.warning("%s: %d of %d left out on opening", self.name, count, of)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,23 +85,40 @@ class SatelliteSource:
         i = int(i)
         if not 0 <= i < len(self.rows):
             raise IndexError(f"picture {i} of {len(self.rows)} of '{self.name}'")
+        self.counts["read"] += 1
         for ahead in range(len(self.rows)):
             row = self.rows[(i + ahead) % len(self.rows)]
-            try:
-                return self._example(row)
-            except (ValueError, KeyError) as error:
-                if not self.skips:
-                    raise
-                self._count(row, error)
+            if row not in self._broken:
+                try:
+                    return self._example(row)
+                except (ValueError, KeyError) as error:
+                    if not self.skips:
+                        raise
+                    self._count(row, error)
+            if not ahead:  # those behind it are read in place of this one, and count when asked for
+                self._count_bad()
         raise ImageError(f"none of the {len(self.rows)} pictures of '{self.name}' can be used")
 
     def _count(self, row: int, error: Exception) -> None:
-        if row in self._broken:
-            return
+        """Says the running count: in a worker process nobody else would."""
         self._broken.add(row)
         self.counts["skipped"] += 1
-        if self.counts["skipped"] <= MAX_NAMED:
-            logging.warning("%s: skipped, the next is taken in its place: %s", self.name, error)
+        count = self.counts["skipped"]
+        if set(str(count)[1:]) <= {"0"} and str(count)[0] == "1":
+            many = "picture is" if count == 1 else "pictures are"
+            logging.warning(
+                "%s: %d %s skipped, the next taken in place; now %s", self.name, count, many, error
+            )
+
+    def _count_bad(self) -> None:
+        self.counts["bad"] += 1
+        read, bad = self.counts["read"], self.counts["bad"]
+        if read >= TOO_SOON and bad > TOO_MANY * read:
+            raise ImageError(
+                f"'{self.name}': {bad} of {read} pictures read cannot be used, more than "
+                f"{TOO_MANY:.0%}; that is no accident. Copy the set again, or prepare it "
+                "(data.prepare --on-corrupt=skip): its manifest names what is wrong"
+            )
 
 
 # ---------------------------------------------------------------------------------------- readers
@@ -104,7 +127,7 @@ class FolderReader:
 
     def __init__(self, source: ImageFolder, root: Path, described: bool = False):
         self.source, self.root, self.described = source, root, described
-        self.name = root.name
+        self.name, self.problems = root.name, source.problems
         self.fingerprint = f"{source.fingerprint}{'-described' * described}"
 
     def __len__(self) -> int:
@@ -123,6 +146,8 @@ class CsvReader:
     """A CSV file with the column `path`, and any of caption, longitude, latitude, gsd, cloud_cover,
     year, month, day, or date (2019-08-31). Paths are relative to the file; empty cells are unknown.
     """
+
+    problems: Sequence[str] = ()
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -155,7 +180,9 @@ class CsvReader:
 
 
 class PreparedReader:
-    """What data.prepare wrote of the kind "satellite"."""
+    """What data.prepare wrote of the kind "satellite"; its manifest names what was left out."""
+
+    problems: Sequence[str] = ()
 
     def __init__(self, folder: Path):
         self.examples = PackedExamples(folder, "satellite")

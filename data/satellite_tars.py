@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,7 +91,7 @@ class TarReader:
     """Random access to the samples of tars, in order; see satellite.py for readers.
 
     places: CSV file with the polygons of fMoW. Damaged members and samples without a picture are
-    refused, or under on_corrupt=skip counted in `counts` and left out.
+    refused, or under on_corrupt=skip left out and told in `problems`.
     """
 
     def __init__(self, tars: Sequence[Path], *, places: str = "", on_corrupt: str = "refuse"):
@@ -101,17 +100,15 @@ class TarReader:
             raise FileNotFoundError(f"no such tar files: {some_of(absent) or 'none was named'}")
         self.tars, self.name = [str(tar) for tar in tars], Path(tars[0]).parent.name
         self.places = read_places(places) if places else {}
-        self.counts: Counter[str] = Counter()
         self.keys: list[str] = []
         self.parts: list[Parts] = []
-        problems = [problem for number in range(len(tars)) for problem in self._index(number)]
+        self.problems = problems = [text for k in range(len(tars)) for text in self._index(k)]
         if problems and on_corrupt == "refuse":
             raise ImageError(
                 f"{len(problems)} damaged members: {some_of(problems)}. Copy the tars again, or "
                 "set on_corrupt=skip to leave them out"
             )
         if problems:
-            self.counts["damaged members"] = len(problems)
             logging.warning("skipped %d members: %s", len(problems), some_of(problems))
         sizes = [[Path(tar).name, Path(tar).stat().st_size] for tar in self.tars]
         self.fingerprint = f"tars-{sha256_json([sizes, len(self.keys), len(self.places)])[:32]}"

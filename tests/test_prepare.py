@@ -120,6 +120,10 @@ def test_records_move_with_their_folder_and_lose_broken_pictures_alone(talk, tmp
     assert main([*arguments, "--option=pictures=trust", *QUIET]) == 0
     manifest = read_manifest(tmp_path / "out")
     assert manifest.skipped == 1 and "0.png: cannot be read" in manifest.problems[0]
+    other = [a.replace("/out", "/other") for a in arguments]
+    assert main([*other, *QUIET]) == 0  # found on opening
+    manifest = read_manifest(tmp_path / "other")
+    assert manifest.skipped == 1 and "0.png: cannot be read" in manifest.problems[0]
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     source = open_records("prepared", "train", root=str(moved))
     assert [r.task for r in source.records] == ["grounding", "vqa", "caption", "chat"]
@@ -155,6 +159,37 @@ def test_a_broken_tar_member_stops_or_is_counted_and_left_out(tmp_path, capsys, 
     assert (manifest.count, manifest.skipped) == (5, 1) and len(manifest.problems) == 1
     ids = open_satellite("train", root=str(tmp_path / "out"), holdout=0.0)
     assert [ids[i]["id"] for i in range(5)] == ["0", "1", "3", "4", "5"]
+
+
+def test_the_manifest_names_what_opening_left_out(tmp_path):
+    """A lost header loses a text and a picture here, and is a third problem itself."""
+    folder = Path(tar_with_a_broken_picture(tmp_path / "in"))
+    members = {"8.jpg": jpeg(), "7.jpg": jpeg(), "7.txt": b"seven", "9.jpg": jpeg()}
+    offsets = write_tar(folder / "b.tar", members)
+    data = bytearray((folder / "b.tar").read_bytes())
+    data[offsets["7.jpg"] : offsets["7.jpg"] + 512] = b"\xff" * 512
+    (folder / "b.tar").write_bytes(data)
+    assert main([str(folder), str(tmp_path / "out"), "--on-corrupt=skip", *QUIET]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.count, manifest.skipped) == (7, 3)
+    for text in (
+        f"damaged header at byte {offsets['7.jpg']}",
+        "7 has no picture",
+        "2: cannot be read",
+    ):
+        assert any(text in problem for problem in manifest.problems), text
+
+
+def test_the_manifest_names_broken_and_equal_pictures_of_a_folder(tmp_path):
+    for k in range(3):
+        draw(tmp_path / "in" / f"{k}.png", seed=min(k, 1))
+    (tmp_path / "in" / "3.png").write_bytes(b"broken")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--on-corrupt=skip", *QUIET]
+    assert main(arguments) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.count, manifest.skipped) == (2, 2)
+    assert "3.png: cannot be read" in manifest.problems[0]
+    assert "2.png: the same picture as" in manifest.problems[1]
 
 
 class Counting:

@@ -13,6 +13,7 @@ from PIL import Image
 from data.images import ImageError
 from data.pipeline import eval_batches, train_batches
 from data.satellite import SatelliteSource, open_satellite
+from data.satellite_sample import Sample
 from data.transforms import normalise_metadata
 from data.wording import DrawCaption
 
@@ -68,7 +69,40 @@ def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(ta
         open_satellite("train", root=str(table), holdout=0.0)[5]
     source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
     assert [source[i]["id"] for i in (3, 4, 5, 4, 6)] == [f"{k}.png" for k in (3, 6, 6, 6, 6)]
-    assert source.counts == {"skipped": 2}
+    assert (source.counts["skipped"], source.counts["bad"], source.counts["read"]) == (2, 3, 5)
+
+
+class Spoilt:
+    """A reader of 40 samples; `bad` of them, spread evenly, cannot be used."""
+
+    name, fingerprint, problems = "spoilt", "spoilt", ()
+
+    def __init__(self, bad: int):
+        self.bad = {k * 40 // bad for k in range(bad)}
+
+    def __len__(self):
+        return 40
+
+    def sample(self, i):
+        if i in self.bad:
+            raise ImageError(f"{i} is spoilt")
+        return Sample(str(i), np.zeros((8, 8, 3), np.uint8))
+
+
+def test_skipping_tells_the_running_count_and_ends_when_too_many_are_bad(caplog):
+    source = SatelliteSource(Spoilt(3), range(40), on_corrupt="skip")
+    for i in range(1200):
+        source[i % 40]
+    assert [r.message for r in caplog.records] == [
+        "spoilt: 1 picture is skipped, the next taken in place; now 0 is spoilt"
+    ]
+    source = SatelliteSource(Spoilt(16), range(40), on_corrupt="skip")
+    for i in range(999):
+        source[i % 40]
+    assert "spoilt: 10 pictures are skipped" in caplog.records[-1].message
+    with pytest.raises(ImageError, match="40[0-9] of 10[0-9][0-9] pictures read .* more than 10%"):
+        for i in range(40):
+            source[i]
 
 
 def test_errors_of_the_system_are_not_skipped(table, monkeypatch):
@@ -95,7 +129,7 @@ class Recorder:
 
     def __init__(self, reader):
         self.reader, self.asked = reader, []
-        self.name, self.fingerprint = reader.name, reader.fingerprint
+        self.name, self.fingerprint, self.problems = reader.name, reader.fingerprint, ()
 
     def __len__(self):
         return len(self.reader)
