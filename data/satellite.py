@@ -23,7 +23,7 @@ from data.folders import ImageFolder, is_excluded, open_images
 from data.images import ImageError
 from data.records import mix
 from data.satellite_sample import CAPTION, Sample, metadata_vector, read_fields
-from data.satellite_tars import TarReader, find_tars
+from data.satellite_tars import find_tars, open_tars
 from data.shards import PackedExamples, is_prepared, split_folder
 from data.wording import always, compose, full_caption, read_wording, sometimes
 
@@ -220,7 +220,7 @@ def open_reader(
         return CsvReader(path)
     tars = find_tars(str(root))
     if tars:
-        return TarReader(tars, places=places, on_corrupt=on_corrupt)
+        return open_tars(tars, places=places, on_corrupt=on_corrupt)
     found = open_images("train", roots=path, exclude=exclude, holdout=0.0, on_corrupt=on_corrupt)
     return FolderReader(found, path, described)
 

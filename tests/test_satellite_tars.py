@@ -70,23 +70,56 @@ def test_pictures_with_texts_and_json_are_read(tmp_path):
 
 def test_polygons_of_the_csv_file_give_fmow_its_places(tmp_path):
     write_tar(tmp_path / "a.tar", fmow(12) | fmow(13))
-    with (tmp_path / "fmow.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category", "location_id", "image_id", "polygon"])
-        writer.writerow(["airport", 12, 0, "POLYGON ((10 20, 12 20, 12 22, 10 22, 10 20))"])
+    write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
     options = {"root": str(tmp_path), "side": 4, "holdout": 0.0}
     source = open_satellite("train", places=str(tmp_path / "fmow.csv"), **options)
     expected = np.array([191 / 360, 111 / 180, 0.5 * 8 / 4, 0.2, 36 / 120, 2 / 12, 4 / 31]) * 1000
     np.testing.assert_allclose(source[0]["metadata"], expected, rtol=1e-6)
     np.testing.assert_allclose(source[1]["metadata"], expected * ([0] * 2 + [1] * 5), rtol=1e-6)
+
+
+def write_places(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category", "location_id", "image_id", "polygon"])
+        writer.writerows(rows)
+    return str(path)
+
+
+SQUARE = "POLYGON ((10 20, 12 20, 12 22, 10 22, 10 20))"
+
+
+def test_pictures_without_a_place_are_counted_and_a_strange_table_is_refused(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(13) | spacenet() | {"b.jpg": jpeg()})
+    options = {"root": str(tmp_path), "holdout": 0.0}
+    open_satellite("train", **options)
+    assert "2 of 2 fMoW pictures looked at have no longitude" in caplog.records[-1].message
+    table = write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
+    open_satellite("train", places=table, **options)
+    assert "1 of 2 fMoW pictures" in caplog.records[-1].message
+    assert "fmow.csv lacks them" in caplog.records[-1].message
+    write_places(tmp_path / "fmow.csv", ["airport", 14, 0, SQUARE])
+    with pytest.raises(ValueError, match="has none of the 2 fMoW pictures of"):
+        open_satellite("train", places=table, **options)
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="need the columns category"):
-        TarReader([tmp_path / "a.tar"], places=str(write_bad_table(tmp_path)))
+        TarReader([tmp_path / "a.tar"], places=str(tmp_path / "bad.csv"))
 
 
-def write_bad_table(folder):
-    path = folder / "bad.csv"
-    path.write_text("a,b\n1,2\n")
-    return path
+def test_both_splits_share_one_reader_until_a_file_changes(tmp_path):
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(13))
+    table = write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
+
+    def reader(split):
+        return open_satellite(split, root=str(tmp_path), places=table, holdout=0.5).reader
+
+    first = reader("train")
+    assert reader("val") is first
+    write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE.replace("20", "30")])
+    corrected = reader("val")
+    assert corrected is not first and corrected.fingerprint != first.fingerprint
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(14))
+    assert len({reader("train").fingerprint, corrected.fingerprint, first.fingerprint}) == 3
 
 
 def test_a_tar_with_a_broken_member_is_refused_or_read_without_it(tmp_path):
