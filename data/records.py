@@ -184,30 +184,36 @@ def _cycle(weights: Sequence[float]) -> list[int]:
 
 
 class Mix:
-    """Several sources interleaved at a fixed ratio; random access, without random numbers.
+    """Several sources as one; random access, without random numbers.
 
-    A cycle holds each source as often as its weight says, evenly spread. Sources are walked in
-    order and start again at their end. The length is the smallest number of whole cycles in which
-    every source was seen once, so that small or heavy sources come several times.
+    Without weights one stands behind the other, each example once: training shuffles over all.
+    With weights they are interleaved at a fixed ratio. A cycle holds each source as often as its
+    weight says, evenly spread. Sources are walked in order and start again at their end. The length
+    is the smallest number of whole cycles in which every source was seen once, so that small or
+    heavy sources come several times.
     """
 
     task = "records"
 
-    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
-        if not sources or len(sources) != len(weights):
-            raise ValueError(f"{len(sources)} sources with {len(weights)} weights")
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float] | None = None):
+        if not sources or (weights is not None and len(sources) != len(weights)):
+            raise ValueError(f"{len(sources)} sources with {len(weights or ())} weights")
         empty = [source.name for source in sources if not len(source)]
         if empty:
             raise ValueError(f"sources without records: {some_of(empty)}")
-        self.sources, self._times = list(sources), _cycle(weights)
-        spread = sorted(
-            ((n + 0.5) / times, k, n) for k, times in enumerate(self._times) for n in range(times)
-        )
-        self._source = np.array([k for _, k, _ in spread], np.int32)
-        self._rank = np.array([n for _, _, n in spread], np.int64)
-        rounds = [-(-len(s) // n) for s, n in zip(sources, self._times, strict=True)]
-        self._length = max(rounds) * len(spread)
+        self.sources, self._times = list(sources), None
         self.name = "mix(" + ", ".join(s.name for s in sources) + ")"
+        if weights is None:
+            self._ends = np.cumsum([len(source) for source in sources], dtype=np.int64)
+            self._length = int(self._ends[-1])
+            return
+        self._times = times = _cycle(weights)
+        source = np.repeat(np.arange(len(times), dtype=np.int32), times)
+        rank = np.concatenate([np.arange(n) for n in times])
+        order = np.lexsort((source, (rank + 0.5) / np.repeat(times, times)))
+        self._source, self._rank = source[order], rank[order]
+        rounds = [-(-len(s) // n) for s, n in zip(sources, times, strict=True)]
+        self._length = max(rounds) * len(order)
 
     def __len__(self) -> int:
         return self._length
@@ -216,6 +222,9 @@ class Mix:
         """(number of the source, index in it) of example i."""
         if not 0 <= i < self._length:
             raise IndexError(f"record {i} of {self._length}")
+        if self._times is None:
+            k = int(np.searchsorted(self._ends, i, side="right"))
+            return k, int(i) - int(self._ends[k] - len(self.sources[k]))
         turn, at = divmod(int(i), len(self._source))
         k = int(self._source[at])
         return k, (turn * self._times[k] + int(self._rank[at])) % len(self.sources[k])
@@ -235,15 +244,13 @@ class Mix:
 
     @property
     def fingerprint(self) -> str:
-        ratio = ":".join(map(str, self._times))
+        ratio = ":".join(map(str, self._times or ["all"]))
         return fingerprint_of(f"mix-{ratio}", [source.fingerprint for source in self.sources])
 
 
 def mix(sources: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
-    """Sources at a fixed ratio (None: by their lengths). A single source is returned as it is.
+    """Sources at a fixed ratio (None: one behind the other). A single one is returned as it is.
 
     Raises ValueError on an empty source, a weight not above 0, or a ratio too fine to repeat.
     """
-    if weights is None:
-        weights = [len(source) for source in sources]
     return sources[0] if len(sources) == 1 else Mix(sources, weights)

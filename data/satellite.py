@@ -12,7 +12,9 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from data.records import mix
 from data.satellite_sample import CAPTION, Sample, metadata_vector, read_fields
 from data.satellite_tars import find_tars, open_tars
 from data.shards import PackedExamples, is_prepared, split_folder
+from data.tar_index import stamp_of
 from data.wording import always, compose, full_caption, read_wording, sometimes
 
 TOO_MANY, TOO_SOON = 0.1, 1000
@@ -51,10 +54,9 @@ class SatelliteSource:
             raise ValueError(f"on_corrupt='{on_corrupt}' is not refuse or skip")
         if not len(rows):
             raise ValueError(f"'{reader.name}' is empty: no picture is left")
-        self.reader, self.rows, self.side, self.skips = reader, rows, side, on_corrupt == "skip"
+        self.reader, self.rows, self.side = reader, rows, side
         self.name = reader.name
-        chosen = sha256_json(list(rows))[:16]
-        self.fingerprint = f"{reader.fingerprint}[{chosen}] gsd at {side} px, {on_corrupt}"
+        self.on_corrupt = on_corrupt
         self.counts: Counter[str] = Counter()
         self._broken: set[int] = set()
         if reader.problems:
@@ -63,6 +65,11 @@ class SatelliteSource:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        chosen = sha256_json(list(self.rows))[:16]
+        return f"{self.reader.fingerprint}[{chosen}] gsd at {self.side} px, {self.on_corrupt}"
 
     @property
     def native_side(self) -> int:
@@ -92,7 +99,7 @@ class SatelliteSource:
                 try:
                     return self._example(row)
                 except (ValueError, KeyError) as error:
-                    if not self.skips:
+                    if self.on_corrupt == "refuse":
                         raise
                     self._count(row, error)
             if not ahead:  # those behind it are read in place of this one, and count when asked for
@@ -151,7 +158,7 @@ class CsvReader:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
-        self.name, self.fingerprint = self.path.stem, f"csv-{sha256_file(self.path)[:32]}"
+        self.name = self.path.stem
         with self.path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             if "path" not in (table.fieldnames or ()):
@@ -163,6 +170,13 @@ class CsvReader:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the file, and of the sizes and times of its pictures."""
+        with ThreadPoolExecutor(8) as pool:  # a disk far away answers several at once
+            marks = list(pool.map(stamp_of, [self.path.parent / name for name in self.names]))
+        return f"csv-{sha256_json([sha256_file(self.path), marks])[:32]}"
 
     @property
     def names(self) -> list[str]:
@@ -255,16 +269,17 @@ def _open_one(split: str, root: str, holdout: float, side: int, options: dict) -
 def open_satellite(
     split: str,
     *,
-    root: str,
+    root: str | Mapping[str, float],
     side: int = 0,
     holdout: float = 0.05,
     exclude: Sequence[str] = (),
     places: str = "",
     on_corrupt: str = "refuse",
 ) -> Any:
-    """Pictures with captions and metadata at `root`, see `open_reader`; several, joined by commas
-    that no braces hold, are interleaved by their lengths.
+    """Pictures with captions and metadata at `root`, see `open_reader`.
 
+    root: several are joined by commas that no braces hold: each picture comes once. {root: weight}:
+    they are interleaved at this ratio, see `records.mix`.
     split: "train" or "val": the prepared folders of these names below root, else the last `holdout`
     of all in the order they are stored is "val". side: pixels the short side will be resized to,
     for the gsd.
@@ -274,7 +289,8 @@ def open_satellite(
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout={holdout} is not in [0, 1)")
     options = {"exclude": tuple(exclude), "places": places, "on_corrupt": on_corrupt}
-    roots = [part for part in re.split(r",(?![^{}]*\})", root) if part]
+    weights = list(root.values()) if isinstance(root, Mapping) else None
+    roots = [part for part in re.split(r",(?![^{}]*\})", root) if part] if weights is None else root
     if not roots:
         raise ValueError("nothing to read: name a folder, a CSV file, tars or a prepared set")
-    return mix([_open_one(split, part, holdout, side, options) for part in roots])
+    return mix([_open_one(split, part, holdout, side, options) for part in roots], weights)

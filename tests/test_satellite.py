@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(ta
     source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
     assert [source[i]["id"] for i in (3, 4, 5, 4, 6)] == [f"{k}.png" for k in (3, 6, 6, 6, 6)]
     assert (source.counts["skipped"], source.counts["bad"], source.counts["read"]) == (2, 3, 5)
+
+
+def test_a_changed_picture_or_table_is_another_set(table):
+    def fingerprint():
+        return open_satellite("train", root=str(table), holdout=0.0).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    picture = table.parent / "3.png"
+    os.utime(picture, ns=(0, 10**18))
+    second = fingerprint()
+    table.write_text(table.read_text().replace("field 7", "house 7"))
+    assert len({first, second, fingerprint()}) == 3
 
 
 class Spoilt:

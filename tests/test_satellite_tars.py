@@ -158,12 +158,17 @@ def test_excluded_pictures_are_not_seen(tmp_path):
         open_satellite("train", exclude=["sha256:00"], **options)
 
 
-def test_several_sets_are_interleaved(tmp_path):
+def test_several_sets_come_whole_or_at_the_ratio_of_their_weights(tmp_path):
     write_tar(tmp_path / "a/a.tar", {f"a{k}.jpg": jpeg() for k in range(4)})
     write_tar(tmp_path / "b/b.tar", {f"b{k}.jpg": jpeg() for k in range(2)})
-    source = open_satellite("train", root=f"{tmp_path}/a,{tmp_path}/b", holdout=0.0)
-    names = [source[i]["id"][0] for i in range(len(source))]
-    assert len(names) == 6 and names.count("b") == 2 and names[:3].count("b") == 1
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+
+    def names(root):
+        source = open_satellite("train", root=root, holdout=0.0)
+        return [source[i]["id"] for i in range(len(source))]
+
+    assert names(f"{a},{b}") == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    assert "".join(name[0] for name in names({a: 1, b: 2})) == "bab" * 4
 
 
 def test_tars_are_named_by_braces_folders_and_lists(tmp_path):
