@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common_jax.files import sha256_file
 from data import prepare as prepare_module
 from data.prepare import main, options_of
 from data.record_catalog import open_records
@@ -247,6 +248,30 @@ def test_parts_of_several_machines_are_one_set(tmp_path, capsys):
     assert "3 shards of other parts are missing" in capsys.readouterr().err
     assert main([*arguments, "--part=1/2"]) == 0
     assert read_manifest(tmp_path / "out").count == 5
+
+
+def test_a_part_reads_its_own_shards_again_and_the_last_one_all(tmp_path, monkeypatch, capsys):
+    for k in range(5):
+        draw(tmp_path / "in" / f"{k}.png", seed=k)
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--per-shard=1", *QUIET]
+    read = []
+
+    def hashed(path):
+        read.append(Path(path).name[4])
+        return sha256_file(path)
+
+    monkeypatch.setattr(prepare_module, "sha256_file", hashed)
+    assert main([*arguments, "--part=1/3"]) == 0 and main([*arguments, "--part=2/3"]) == 0
+    assert not read
+    assert main([*arguments, "--part=2/3"]) == 0 and sorted(read) == ["1", "4"]
+    spoilt = tmp_path / "out" / "00004.array_record"
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(content[:-1] + b"x")
+    read.clear()
+    assert main([*arguments, "--part=3/3"]) == 1 and sorted(read) == ["0", "1", "3", "4"]
+    assert "00004.array_record changed since other parts" in capsys.readouterr().err
+    assert main([*arguments, "--part=2/3"]) == 0  # writes it anew, and ends last
+    assert read_manifest(tmp_path / "out").count == 5 and spoilt.read_bytes() == content
 
 
 def test_verification_reads_everything(tmp_path, capsys):
