@@ -257,10 +257,13 @@ def kept_rows(reader: Any, exclude: Sequence[str]) -> Sequence[int]:
 
 def _open_one(split: str, root: str, holdout: float, side: int, options: dict) -> SatelliteSource:
     known = {"side": side, "on_corrupt": options["on_corrupt"]}
-    if is_prepared(Path(root).expanduser() / split):
-        reader = PreparedReader(split_folder(root, split))
+    parts = [name for name in ("train", "val") if is_prepared(Path(root).expanduser() / name)]
+    if parts:
+        reader = PreparedReader(split_folder(root, split if "val" in parts else "train"))
+    else:
+        reader = open_reader(root, **options)
+    if "val" in parts:
         return SatelliteSource(reader, kept_rows(reader, options["exclude"]), **known)
-    reader = open_reader(root, **options)
     rows = kept_rows(reader, options["exclude"])
     first = len(rows) - int(np.ceil(holdout * len(rows)))
     return SatelliteSource(reader, rows[:first] if split == "train" else rows[first:], **known)
@@ -281,8 +284,8 @@ def open_satellite(
     root: several are joined by commas that no braces hold: each picture comes once. {root: weight}:
     they are interleaved at this ratio, see `records.mix`.
     split: "train" or "val": the prepared folders of these names below root, else the last `holdout`
-    of all in the order they are stored is "val". side: pixels the short side will be resized to,
-    for the gsd.
+    of all (of `train`, where that stands alone) in the order they are stored is "val". side: pixels
+    the short side will be resized to, for the gsd.
     """
     if split not in ("train", "val"):
         raise ValueError(f"pictures for pretraining have no split '{split}'; known: train, val")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,25 @@ def test_a_folder_of_pictures_becomes_shards_with_captions_of_its_folders(tmp_pa
     np.testing.assert_array_equal(
         source[3]["image"], np.asarray(Image.open(tmp_path / "in/dense_forest/3.jpg"))
     )
+
+
+def test_prepared_splits_are_found_and_a_missing_validation_part_is_cut_off(tmp_path):
+    for name, count in (("train", 4), ("val", 2)):
+        for k in range(count):
+            draw(tmp_path / name / f"{name}{k}.png", seed=k)
+
+    def ids(split):
+        source = open_satellite(split, root=str(tmp_path / "out"), holdout=0.25)
+        return [source[i]["id"] for i in range(len(source))]
+
+    assert main([str(tmp_path / "train"), str(tmp_path / "out" / "train"), *QUIET]) == 0
+    assert ids("train") == ["train0.png", "train1.png", "train2.png"]
+    assert ids("val") == ["train3.png"]
+    assert main([str(tmp_path / "val"), str(tmp_path / "out" / "val"), *QUIET]) == 0
+    assert len(ids("train")) == 4 and ids("val") == ["val0.png", "val1.png"]
+    shutil.rmtree(tmp_path / "out" / "train")
+    with pytest.raises(FileNotFoundError, match="neither .*train"):
+        ids("train")
 
 
 def test_tars_give_the_same_examples_prepared_and_as_they_are(tmp_path):
