@@ -21,7 +21,7 @@ from data.images import some_of
 from data.record_boxes import Box, RecordError
 from data.record_pictures import mark_of, read_picture
 
-TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat")
+TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat", "text")
 LONGEST_CYCLE = 10_000_000
 
 
@@ -32,7 +32,8 @@ class Record:
     caption: answers = all references. grounding: question = the expression, boxes = its targets.
     detection: question = a class, boxes = all of that class, labels = class per box. vqa: question,
     answers, category = question type. classification: answers = (class,), classes = all of them.
-    chat: conversations = ((role, text), ...). size is (width, height) of the stored picture.
+    chat: conversations = ((role, text), ...). text: answers = (what is to be read,), no picture.
+    size is (width, height) of the stored picture.
     """
 
     id: str
@@ -57,8 +58,8 @@ def check_record(record: Record, *, answers: bool = True) -> None:
         raise RecordError(f"task '{record.task}' is none of {', '.join(TASKS)}")
     if not record.id:
         raise RecordError("the id is empty")
-    if record.task != "chat" and record.image is None:
-        raise RecordError(f"a {record.task} record without image; only chat records may lack one")
+    if record.task not in ("chat", "text") and record.image is None:
+        raise RecordError(f"a {record.task} record without image; only chat and text may lack one")
     if any(not isinstance(text, str) or not text.strip() for text in record.answers):
         raise RecordError("an answer is empty or no text")
     if record.task in ("grounding", "detection", "vqa") and not record.question.strip():
