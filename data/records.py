@@ -23,6 +23,8 @@ from data.record_pictures import mark_of, read_picture
 
 TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat", "text")
 LONGEST_CYCLE = 10_000_000
+MOST_HELD = 0.1
+"""Share of a set without splits that is held out of training at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,41 @@ def choose(source: RecordSource, keep: Callable[[Record], bool], note: str) -> R
     kept = [record for record in source.records if keep(record)]
     if not kept:
         raise RecordError(f"'{source.name}': no record is left by '{note}'")
-    return RecordSource(kept, f"{source.name}[{note}]", source.counts)
+    chosen = RecordSource(kept, f"{source.name}[{note}]", source.counts)
+    chosen.keep = source.keep
+    return chosen
+
+
+def hold_out(source: RecordSource, count: int) -> tuple[RecordSource, RecordSource]:
+    """(the rest, about `count` records) of a set that has no splits; no picture is in both.
+
+    Pictures, or records without one, are held out evenly spaced, at most MOST_HELD of them. Raises
+    RecordError when there is only one.
+    """
+    pictures = list(dict.fromkeys(r.image or r.id for r in source.records))
+    if len(pictures) < 2:
+        raise RecordError(
+            f"'{source.name}' has a single picture: nothing can be held out; name other "
+            "sets for validation (data.val, or none)"
+        )
+    share = min(count / len(source), MOST_HELD)
+    number = max(1, int(share * len(pictures)))
+    held = {pictures[(2 * k + 1) * len(pictures) // (2 * number)] for k in range(number)}
+    return (
+        choose(source, lambda r: (r.image or r.id) not in held, "rest"),
+        choose(source, lambda r: (r.image or r.id) in held, "held out"),
+    )
+
+
+def shared_records(one: RecordSource, other: RecordSource) -> set[str]:
+    """Ids of the records that two splits of a set have in common, by what they say."""
+    known = {record.id: record for record in one.records}
+    same = ("image", "task", "question", "answers", "conversations")
+    return {
+        r.id
+        for r in other.records
+        if r.id in known and all(getattr(r, n) == getattr(known[r.id], n) for n in same)
+    }
 
 
 def other_size(record: Record, size: tuple[int, int]) -> str:

@@ -120,6 +120,8 @@ def test_a_file_of_plain_texts_is_pretrained_on(tmp_path):
     text = made.tokenizer.decode(found["ids"][0, : int(found["length"][0])])
     assert " tells of a harbour." in text
     assert (found["labels"] == found["ids"])[0, : int(found["length"][0])].all()
+    parts = [{r.id for r in made.sets.open(split)[0].records} for split in ("train", "val")]
+    assert [len(ids) for ids in parts] == [36, 4] and not parts[0] & parts[1]
 
 
 def test_alignment_keeps_no_gradient_and_no_optimiser_state_of_the_rest():
