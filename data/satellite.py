@@ -59,9 +59,6 @@ class SatelliteSource:
         self.on_corrupt = on_corrupt
         self.counts: Counter[str] = Counter()
         self._broken: set[int] = set()
-        if reader.problems:
-            count, of = len(reader.problems), len(reader) + len(reader.problems)
-            logging.warning("%s: %d of %d left out on opening", self.name, count, of)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -11,12 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common_jax.train_loop import Pipeline, train
+from configs.satdifuser_pretrain import get_config
 from data.images import ImageError
 from data.pipeline import eval_batches, train_batches
+from data.prepare import main
 from data.satellite import SatelliteSource, open_satellite
 from data.satellite_sample import Sample
 from data.transforms import normalise_metadata
 from data.wording import DrawCaption
+from satdifuser_jax.pretrain import PretrainTask
+from tests.tar_samples import fmow, satlas, spacenet, write_tar
 
 HEADER = ["path", "caption", "longitude", "latitude", "gsd", "cloud_cover", "date"]
 
@@ -171,3 +177,42 @@ def test_batches_of_two_processes_are_those_of_one(table):
     parts = [next(train_batches(source, (), **options, host=h, num_hosts=2)) for h in range(2)]
     for key in ("image", "metadata", "index"):
         np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
+
+
+class Scales:
+    """A network of one number, which compiles at once."""
+
+    def apply(self, variables, x, t, context, metadata):
+        return x * variables["params"]["scale"] + 1e-4 * metadata.mean(), {}
+
+
+class Small(PretrainTask):
+    """All of pretraining but its network."""
+
+    def init(self, seed):
+        self.unet = Scales()
+        return {"scale": np.float32([1.0])}, {}
+
+    def flops(self):
+        return {"train": 1.0}
+
+    def report(self, params, state, results, workdir):
+        pass
+
+
+def test_tars_and_a_prepared_folder_are_pretrained_on(tmp_path):
+    """One run that sees every picture of both."""
+    write_tar(tmp_path / "tars" / "a.tar", fmow(1) | spacenet() | satlas())
+    for k in range(5):
+        draw(tmp_path / "in" / f"{k}.png", 40 * k)
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers=0"]) == 0
+    config = get_config("tiny")
+    with config.unlocked():
+        config.data.name, config.data.train = "satellite", f"{tmp_path}/tars,{tmp_path}/out"
+        config.data.holdout, config.data.smallest_crop, config.data.side = 0.25, 8, 16
+        config.batch_size, config.optim.steps, config.eval.samples = 4, 2, 0
+    run = tmp_path / "run"
+    assert train(Small(config), config, str(run), Pipeline(train_batches, eval_batches)) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(found) == 2 and np.isfinite(found).all()
