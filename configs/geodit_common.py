@@ -50,7 +50,8 @@ def geodit_config(stage: str, arg: str | None) -> tuple[ConfigDict, bool, bool]:
     c.data.root = ""  # their files or folders, joined by `+`
     c.data.weights = ()  # how often each is drawn; () = by their lengths
     c.data.size = 8192 if chosen["data"] == "scenes" else 0  # training records, 0 = all
-    c.data.val = ""  # sets for validation; "" = those of training, none = no validation
+    c.data.val = ""  # sets for validation; "" = those of training (of sets without splits, pictures
+    # held out of it), none = no validation
     c.data.val_root = ""
     c.data.val_size = 250  # records of each set, 0 = all
     c.data.side = 0  # pixels of scenes; 0 = what the tower takes

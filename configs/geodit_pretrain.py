@@ -5,9 +5,10 @@
         --workdir=runs/text --config.data.root=TEXTS.jsonl --config.data.val=none \
         --config.eval.select=
 
-Texts of records stand one behind the other in blocks of `data.text_length` tokens, each ended by an
-end-of-text token; one block in a hundred is cut to a random length. Instruction tuning on text is
-`geodit_sft.py` with chat records that have no picture. `:tiny` runs in seconds.
+TEXTS.jsonl has a text a line, `{"text": "..."}`, or records. Texts stand one behind the other in
+blocks of `data.text_length` tokens, each ended by an end-of-text token; one block in a hundred is
+cut to a random length. Instruction tuning on text is `geodit_sft.py` with chat records that have no
+picture. `:tiny` runs in seconds.
 """
 
 from __future__ import annotations

@@ -96,8 +96,11 @@ def class_files(root: Path) -> tuple[list[str], list[tuple[Path, str]]]:
     return classes, files
 
 
-def _items(files: Sequence[tuple[Path, str]], on_corrupt: str) -> list[Item]:
-    checked = {c.path: c for c in check_images([p for p, _ in files], on_corrupt)}
+def _items(
+    files: Sequence[tuple[Path, str]], on_corrupt: str, problems: list[str] | None = None
+) -> list[Item]:
+    found = check_images([p for p, _ in files], on_corrupt, problems=problems)
+    checked = {c.path: c for c in found}
     return [Item(str(p), group, checked[str(p)]) for p, group in files if str(p) in checked]
 
 
@@ -182,9 +185,13 @@ class ClassFolder(PictureSource):
 
 
 class ImageFolder(PictureSource):
-    """Pictures without labels, for pretraining. Examples: image [H, W, 3], id."""
+    """Pictures without labels, for pretraining. Examples: image [H, W, 3], id.
+
+    problems: what is wrong with each picture that was left out.
+    """
 
     task = "images"
+    problems: Sequence[str] = ()
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.picture(i)
@@ -276,11 +283,14 @@ def open_images(
         if not found:
             raise ValueError(f"{root} holds no pictures")
         files |= dict.fromkeys(p for p in found if not is_excluded(p, names))
-    items = _items([(path, str(path.parent)) for path in files], on_corrupt)
+    problems: list[str] = []
+    items = _items([(path, str(path.parent)) for path in files], on_corrupt, problems)
     once: dict[str, Item] = {}
     for item in items:
         if f"sha256:{item.checked.digest}" not in names:
-            once.setdefault(item.checked.digest, item)
+            first = once.setdefault(item.checked.digest, item)
+            if first is not item:
+                problems.append(f"{item.path}: the same picture as {first.path}")
     groups: dict[str, list[Item]] = {}
     for item in once.values():
         groups.setdefault(item.group, []).append(item)
@@ -288,4 +298,6 @@ def open_images(
     for members in groups.values():
         first = len(members) - int(np.ceil(holdout * len(members)))
         kept += members[:first] if split == "train" else members[first:]
-    return ImageFolder("images", kept, ())
+    source = ImageFolder("images", kept, ())
+    source.problems = problems
+    return source

@@ -150,4 +150,6 @@ class Gathering:
             logging.warning("%s: %s. %s", self.name, told, some_of(self._refused))
         if not kept:
             raise RecordError(f"'{self.name}' is empty: no usable record. {some_of(self._refused)}")
-        return RecordSource(kept, self.name, self.counts)
+        source = RecordSource(kept, self.name, self.counts)
+        source.problems = tuple(self._refused)
+        return source

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from common_jax.files import restricted_loads
-from data.images import some_of
+from data.images import refuse_system_errors, some_of
 
 LONGEST_PICKLE = 4 << 20
 SPLIT_KEYS = {"train": "train", "val": "valid", "test": "test"}
@@ -224,6 +224,7 @@ class GeoBenchSource:
 
 
 def _damaged(path: Path, error: OSError) -> GeoBenchError:
+    refuse_system_errors(error)
     return GeoBenchError(f"{path}: cannot be read as HDF5 ({error}); truncated? copy it again")
 
 

@@ -128,8 +128,15 @@ def decode_mask(path: str | os.PathLike) -> np.ndarray:
         return np.asarray(image).astype(np.int32)
 
 
+def refuse_system_errors(error: Exception) -> None:
+    """Raises what the operating system said (no such file, too many open files, a disk that does
+    not answer) once more: it tells nothing about the picture, so nothing may be skipped for it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
 class _opened:
-    """PIL image of a file; every failure to read it becomes an ImageError that names it."""
+    """PIL image of a file; every failure to decode it becomes an ImageError that names it."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.image = path, None
@@ -138,9 +145,8 @@ class _opened:
         try:
             self.image = Image.open(self.path)
             self.image.load()
-        except FileNotFoundError:
-            raise
         except Exception as error:  # decoders raise anything from OSError to struct.error
+            refuse_system_errors(error)
             reason = str(error) or type(error).__name__
             raise ImageError(
                 f"{self.path}: cannot be read as a picture ({reason}); replace or remove it, "
@@ -182,11 +188,13 @@ def check_images(
     paths: Sequence[str | os.PathLike],
     on_corrupt: str = "refuse",
     check: Callable[[str], object] = _check,
+    problems: list[str] | None = None,
 ) -> list:
     """Reads every file once -> the Checked ones, in order.
 
     on_corrupt: "refuse" raises ImageError naming the broken files, "skip" leaves them out and logs
-    how many and which. A file seen before in this process is not read again.
+    how many and which; `problems` is given what is wrong with each. A file seen before in this
+    process is not read again.
     """
     if on_corrupt not in ("refuse", "skip"):
         raise ValueError(f"on_corrupt='{on_corrupt}' is not refuse or skip")
@@ -200,4 +208,6 @@ def check_images(
         )
     if broken:
         logging.warning("skipped %d of %d files: %s", len(broken), len(results), some_of(broken))
+        if problems is not None:
+            problems += broken
     return [result for result in results if not isinstance(result, str)]

@@ -1,6 +1,7 @@
 """How the examples of each kind of set become bytes, and sources over prepared examples again.
 
-A packer has `len`, `name`, `fingerprint`, `about` and `pack(i) -> bytes`; it can be pickled, since
+A packer has `len`, `name`, `fingerprint`, `about`, `left_out` (how many were left out when the set
+was opened, and what is wrong with some of them) and `pack(i) -> bytes`; it can be pickled, since
 worker processes pack. `pack` looks at what it packs: a picture that cannot be decoded is not
 written.
 """
@@ -21,6 +22,8 @@ from data.packing import pack, pack_array, pack_picture, unpack_array
 from data.record_pictures import INSIDE, mark_of, read_member, scene_of
 from data.satellite_sample import metadata_vector
 from data.shards import PackedExamples, split_folder
+
+MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class SatellitePacker:
     def __init__(self, reader: Any, rows: Sequence[int], rules: PictureRules):
         self.reader, self.rows, self.rules = reader, rows, rules
         self.name, self.about = reader.name, {}
+        self.left_out = len(reader.problems), tuple(reader.problems[:MAX_PROBLEMS])
         self.fingerprint = fingerprint_of(reader.fingerprint, [str(list(rows)), str(rules)])
 
     def __len__(self) -> int:
@@ -72,6 +76,8 @@ class PicturePacker:
     """Pictures of records by name (record_pictures.py); the texts go into a file of their own."""
 
     kind = "records"
+
+    left_out: tuple[int, Sequence[str]] = 0, ()
 
     def __init__(self, name: str, pictures: Sequence[str], rules: PictureRules):
         self.name, self.pictures, self.rules, self.about = name, list(pictures), rules, {}
@@ -97,6 +103,7 @@ class ExamplePacker:
     """Examples of a source of catalog.py: image and label, as they come, without loss."""
 
     kind = "examples"
+    left_out: tuple[int, Sequence[str]] = 0, ()
 
     def __init__(self, source: Any):
         self.source, self.name, self.fingerprint = source, source.name, source.fingerprint

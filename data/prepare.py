@@ -16,14 +16,21 @@ import multiprocessing
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common_jax.files import read_json, sha256_file, sha256_json, write_json
 from data.catalog import open_source
-from data.packers import ExamplePacker, PicturePacker, PictureRules, SatellitePacker
+from data.images import some_of
+from data.packers import (
+    MAX_PROBLEMS,
+    ExamplePacker,
+    PicturePacker,
+    PictureRules,
+    SatellitePacker,
+)
 from data.record_catalog import open_records
 from data.record_files import write_records
 from data.record_pictures import INSIDE
@@ -40,8 +47,8 @@ from data.shards import (
     write_shard,
 )
 
-MAX_PROBLEMS = 20
 TEXTS = "records.jsonl"
+HASHING = 8  # threads
 LEFT_BEHIND = re.compile(r"\d{5}\.array_record|\.(\d{5}|manifest|records)\..*\.partial")
 """Files of ours that a stopped run, or one with more shards, leaves."""
 
@@ -92,15 +99,26 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     return note
 
 
-def finished(job: Job, number: int) -> dict[str, Any] | None:
-    """The note of a shard that an earlier run wrote, when its file is still what it wrote."""
+def finished(job: Job, number: int, whole: bool = True) -> dict[str, Any] | None:
+    """The note of a shard that an earlier run wrote, when its file is still what it wrote.
+
+    whole: its content is compared, else its size alone.
+    """
     path, file = job.note_path(number), job.folder / shard_name(number)
     if not path.is_file() or not file.is_file():
         return None
     note = read_json(path)
     if note["key"] != job.key or (note["skipped"] and not job.skips):
         return None
-    return note if sha256_file(file) == note["file"]["sha256"] else None
+    if file.stat().st_size != note["file"]["bytes"]:
+        return None
+    return note if not whole or sha256_file(file) == note["file"]["sha256"] else None
+
+
+def all_finished(job: Job, numbers: Sequence[int], whole: bool) -> dict[int, dict[str, Any] | None]:
+    """What `finished` says of many shards, by threads."""
+    with ThreadPoolExecutor(HASHING) as pool:
+        return dict(zip(numbers, pool.map(lambda k: finished(job, k, whole), numbers), strict=True))
 
 
 def write_shards(job: Job, numbers: Sequence[int], workers: int) -> Iterator[dict[str, Any]]:
@@ -131,25 +149,35 @@ def prepare(
 ) -> Manifest | None:
     """Writes what is missing of a set; -> its manifest, None while other parts are at work.
 
-    part: (k, n) writes every n-th shard from the k-th, for several machines on one file system.
+    part: (k, n) writes every n-th shard from the k-th, for several machines on one file system. Of
+    shards that are there, each part reads its own; the last part to end reads those of all others.
     records: of the kind "records", whose pictures the packer holds.
     """
     if not len(job.packer):
         raise ShardError(f"'{job.packer.name}' is empty: nothing to prepare")
     job.folder.mkdir(parents=True, exist_ok=True)
-    notes = [finished(job, number) for number in range(job.num_shards)]
-    missing = [number for number in range(part[0], len(notes), part[1]) if notes[number] is None]
-    if any(notes):
-        say(f"{len(notes) - notes.count(None)} of {len(notes)} shards are there already")
+    ours = range(part[0], job.num_shards, part[1])
+    others = [number for number in range(job.num_shards) if number not in ours]
+    notes = all_finished(job, ours, whole=True)
+    missing = [number for number, note in notes.items() if note is None]
+    if len(missing) < len(notes):
+        say(f"{len(notes) - len(missing)} of {len(notes)} shards are there already")
     for number, note in zip(missing, write_shards(job, missing, workers), strict=True):
         notes[number] = note
-        done = sum(note["file"]["count"] for note in notes if note)
+        done = sum(note["file"]["count"] for note in notes.values() if note)
         say(f"{note['file']['file']}: {note['file']['count']} examples, {done} in all")
-    notes = [note or finished(job, number) for number, note in enumerate(notes)]
-    if None in notes:
-        lacking = notes.count(None)
+    lacking = list(all_finished(job, others, whole=False).values()).count(None)
+    if lacking:
         say(f"{lacking} shards of other parts are missing; the last part to end finishes the set")
         return None
+    notes |= all_finished(job, others, whole=True)
+    spoilt = [shard_name(number) for number in others if notes[number] is None]
+    if spoilt:
+        raise ShardError(
+            f"{job.folder}: {some_of(spoilt)} changed since other parts wrote them; run those "
+            "parts again: they write anew what changed"
+        )
+    notes = [notes[number] for number in range(job.num_shards)]
     return finish(job, notes, records)
 
 
@@ -164,13 +192,14 @@ def finish(job: Job, notes: Sequence[dict], records: Sequence[Any]) -> Manifest:
         write_records(path, kept)
         files.append(FileNote(TEXTS, 0, path.stat().st_size, sha256_file(path)))
     packer = job.packer
+    dropped, told = packer.left_out
     manifest = Manifest(
         kind=packer.kind,
         name=packer.name,
         source=packer.fingerprint,
         files=tuple(files),
-        skipped=len(skipped),
-        problems=tuple(problems[:MAX_PROBLEMS]),
+        skipped=len(skipped) + dropped,
+        problems=(*told, *problems[:MAX_PROBLEMS]),
         about=packer.about,
     )
     wanted = {note.file for note in files}
@@ -260,6 +289,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Sequence[Any]]:
         records = source.records
         pictures = dict.fromkeys(r.image for r in records if r.image)
         packer: Any = PicturePacker(source.name, list(pictures), rules)
+        packer.left_out = source.counts["skipped"], source.problems
     elif form == "examples":
         packer = ExamplePacker(open_source(name, args.split, **options))
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from data.class_sets import read_class_folder
 from data.gathering import STRICT, Rules
 from data.grounding_sets import read_dior_rsvg, read_rsvg
 from data.instruct_sets import read_conversations, read_geochat_bench
+from data.memory import InMemory
 from data.mmrs import ROUNDED, read_mmrs
 from data.real_records import REAL, read_real
 from data.record_files import read_records
-from data.records import RecordSource
+from data.records import RecordSource, choose, hold_out, shared_records
 from data.scene_records import KINDS, SceneRecords
 from data.shards import read_manifest, split_folder
 from data.splits import SPLITS
@@ -222,13 +224,15 @@ def _checked(name: str, opener: Callable[..., Any], options: dict[str, Any]) -> 
     return options
 
 
-def _limited(source: RecordSource, limit: int) -> RecordSource:
-    """`limit` records, evenly spaced over all."""
+def thin_out(source: RecordSource, limit: int) -> RecordSource:
+    """`limit` records, evenly spaced over all; 0: all."""
     count = len(source)
     if not 0 < limit < count:
         return source
     kept = [source.records[k * count // limit] for k in range(limit)]
-    return RecordSource(kept, f"{source.name}[{limit}]", source.counts)
+    thin = RecordSource(kept, f"{source.name}[{limit}]", source.counts)
+    thin.keep = source.keep
+    return thin
 
 
 def open_records(name: str, split: str, *, root: str | None = None, **options: Any) -> Any:
@@ -255,6 +259,61 @@ def open_records(name: str, split: str, *, root: str | None = None, **options: A
     else:
         _checked(name, read_real, options)
         source = read_real(real, split, root=root or "", rules=replace(STRICT, **chosen))
-    source = _limited(source, limit)
     source.keep = keep
-    return source
+    return thin_out(source, limit)
+
+
+# ------------------------------------------------------------------------- training, validation
+def named_sets(names: str, roots: str) -> list[tuple[str, str]]:
+    """[(name, root)] of names and roots that `+` joins; no roots at all: each set knows its own."""
+    split = names.split("+")
+    places = roots.split("+") if roots else [""] * len(split)
+    if len(split) != len(places):
+        raise ValueError(f"{len(places)} roots for the {len(split)} sets {', '.join(split)}")
+    return list(zip(split, places))
+
+
+class RecordSets:
+    """The record sets of a run by split.
+
+    named: (name, root) of each, of "train" and, where there is validation, of "val". sizes: records
+    of each set by split, 0: all. options, scenes: of `open_records`, of sets and of scenes. Of a
+    set that is trained on and validated on and has no splits, some pictures are held out of
+    training: no picture is in both.
+    """
+
+    def __init__(self, named: Mapping, sizes: Mapping[str, int], options: Mapping, scenes: Mapping):
+        self.named, self.sizes, self.options, self.scenes = named, sizes, options, scenes
+        self.opened: dict = {}
+
+    def open(self, split: str) -> list:
+        """The sources of "train" or "val"."""
+        size, found = self.sizes[split], []
+        both = set(self.named["train"]) & set(self.named.get("val", ()))
+        for name, root in self.named[split]:
+            if name == "scenes":
+                found.append(InMemory(open_records(name, split, size=size, **self.scenes)))
+            elif (name, root) in both:
+                found.append(thin_out(self._parts(name, root)[split], size))
+            else:
+                found.append(thin_out(self._whole(name, root, split), size))
+        return found
+
+    def _whole(self, name: str, root: str, split: str) -> RecordSource:
+        return open_records(name, split, root=root or None, **self.options)
+
+    def _parts(self, name: str, root: str) -> dict[str, RecordSource]:
+        """{"train", "val"}: sources without a record in common."""
+        if (name, root) not in self.opened:
+            train, val = (self._whole(name, root, split) for split in ("train", "val"))
+            common = shared_records(train, val)
+            if len(common) == len(val):
+                train, val = hold_out(train, self.sizes["val"] or len(train))
+                logging.warning(
+                    "%s has no splits: %d of its records are held out of training, for validation",
+                    *(name, len(val)),
+                )
+            elif common:  # those that name no split are for training
+                val = choose(val, lambda record: record.id not in common, "val")
+            self.opened[name, root] = {"train": train, "val": val}
+        return self.opened[name, root]

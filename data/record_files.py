@@ -3,7 +3,8 @@
     {"id", "image", "task", "question", "answer" | "answers", "box" | "boxes", "box_format",
      "labels", "image_size": [w, h], "category", "classes", "conversations", "dataset", "split"}
 
-Only `image` and `task` are needed, and what the task needs. The other readers use `rows`.
+Only `image` and `task` are needed, and what the task needs. {"text"} alone is plain text, as it
+is. The other readers use `rows`.
 """
 
 from __future__ import annotations
@@ -122,12 +123,13 @@ def record_of(row: Mapping, name: str, folder: Path, gathering: Gathering) -> Re
     if found and size is None and path and box_format not in ("pixel", "xywh"):
         size = gathering.size_of(path)
     turns = turns_of(row.get("conversations"))
+    plain = "text" in row and row.get("task", "text") == "text" and not (path or turns)
     return Record(
         id=str(row.get("id", name)),
         image=path,
-        task=row["task"] if not turns else row.get("task", "chat"),
+        task="text" if plain else row["task"] if not turns else row.get("task", "chat"),
         question=str(row.get("question", "")).strip(),
-        answers=texts(row.get("answers", row.get("answer"))),
+        answers=(row["text"],) if plain else texts(row.get("answers", row.get("answer"))),
         boxes=tuple(to_pixels(box, box_format, size) for box in found),
         labels=texts(row.get("labels")),
         size=size,
@@ -166,6 +168,9 @@ def read_records(
 
 def as_row(record: Record, folder: str | os.PathLike = "") -> dict[str, Any]:
     """A JSON object of a record; empty fields are left out. Pictures below `folder` relative."""
+    if record.task == "text":
+        known = {"dataset": record.dataset, "split": record.split}
+        return {"id": record.id, "text": record.answers[0]} | {k: v for k, v in known.items() if v}
     image = record.image
     if image and folder and Path(image).is_relative_to(folder):
         image = Path(image).relative_to(folder).as_posix()

@@ -20,7 +20,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data.images import ImageError, NamedBytes, decode_8bit, digest_of, is_image, some_of
+from data.images import (
+    ImageError,
+    NamedBytes,
+    decode_8bit,
+    digest_of,
+    is_image,
+    refuse_system_errors,
+    some_of,
+)
 from data.scenes import Scene, draw_scene
 from data.shards import SUFFIX, read_packed
 from data.tar_index import index_tar
@@ -100,6 +108,7 @@ def _header(file, name: str) -> tuple[int, int]:
         with Image.open(file) as image:
             return image.size
     except Exception as error:  # decoders raise anything from OSError to struct.error
+        refuse_system_errors(error)
         raise ImageError(
             f"{name}: cannot be read as a picture ({error}); replace or remove it"
         ) from error

@@ -21,8 +21,10 @@ from data.images import some_of
 from data.record_boxes import Box, RecordError
 from data.record_pictures import mark_of, read_picture
 
-TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat")
+TASKS = ("caption", "grounding", "detection", "vqa", "classification", "chat", "text")
 LONGEST_CYCLE = 10_000_000
+MOST_HELD = 0.1
+"""Share of a set without splits that is held out of training at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Record:
     caption: answers = all references. grounding: question = the expression, boxes = its targets.
     detection: question = a class, boxes = all of that class, labels = class per box. vqa: question,
     answers, category = question type. classification: answers = (class,), classes = all of them.
-    chat: conversations = ((role, text), ...). size is (width, height) of the stored picture.
+    chat: conversations = ((role, text), ...). text: answers = (what is to be read,), no picture.
+    size is (width, height) of the stored picture.
     """
 
     id: str
@@ -57,8 +60,8 @@ def check_record(record: Record, *, answers: bool = True) -> None:
         raise RecordError(f"task '{record.task}' is none of {', '.join(TASKS)}")
     if not record.id:
         raise RecordError("the id is empty")
-    if record.task != "chat" and record.image is None:
-        raise RecordError(f"a {record.task} record without image; only chat records may lack one")
+    if record.task not in ("chat", "text") and record.image is None:
+        raise RecordError(f"a {record.task} record without image; only chat and text may lack one")
     if any(not isinstance(text, str) or not text.strip() for text in record.answers):
         raise RecordError("an answer is empty or no text")
     if record.task in ("grounding", "detection", "vqa") and not record.question.strip():
@@ -99,11 +102,13 @@ def _check_turns(turns: Sequence[tuple[str, str]], answers: bool) -> None:
 class RecordSource:
     """Random access: `len`, `[i] -> {"record", "image", "id"}`, `records` (no pixels).
 
-    image is uint8 [H, W, 3], or None. counts: what was skipped or changed on reading. keep: bytes
-    of decoded pictures that stay in memory, each picture once however many records share it.
+    image is uint8 [H, W, 3], or None. counts: what was skipped or changed on reading; problems:
+    some of it in words. keep: bytes of decoded pictures that stay in memory, each picture once
+    however many records share it.
     """
 
     task = "records"
+    problems: Sequence[str] = ()
 
     def __init__(self, records: Sequence[Record], name: str, counts: Counter | None = None):
         self.records, self.name = list(records), name
@@ -156,7 +161,41 @@ def choose(source: RecordSource, keep: Callable[[Record], bool], note: str) -> R
     kept = [record for record in source.records if keep(record)]
     if not kept:
         raise RecordError(f"'{source.name}': no record is left by '{note}'")
-    return RecordSource(kept, f"{source.name}[{note}]", source.counts)
+    chosen = RecordSource(kept, f"{source.name}[{note}]", source.counts)
+    chosen.keep = source.keep
+    return chosen
+
+
+def hold_out(source: RecordSource, count: int) -> tuple[RecordSource, RecordSource]:
+    """(the rest, about `count` records) of a set that has no splits; no picture is in both.
+
+    Pictures, or records without one, are held out evenly spaced, at most MOST_HELD of them. Raises
+    RecordError when there is only one.
+    """
+    pictures = list(dict.fromkeys(r.image or r.id for r in source.records))
+    if len(pictures) < 2:
+        raise RecordError(
+            f"'{source.name}' has a single picture: nothing can be held out; name other "
+            "sets for validation (data.val, or none)"
+        )
+    share = min(count / len(source), MOST_HELD)
+    number = max(1, int(share * len(pictures)))
+    held = {pictures[(2 * k + 1) * len(pictures) // (2 * number)] for k in range(number)}
+    return (
+        choose(source, lambda r: (r.image or r.id) not in held, "rest"),
+        choose(source, lambda r: (r.image or r.id) in held, "held out"),
+    )
+
+
+def shared_records(one: RecordSource, other: RecordSource) -> set[str]:
+    """Ids of the records that two splits of a set have in common, by what they say."""
+    known = {record.id: record for record in one.records}
+    same = ("image", "task", "question", "answers", "conversations")
+    return {
+        r.id
+        for r in other.records
+        if r.id in known and all(getattr(r, n) == getattr(known[r.id], n) for n in same)
+    }
 
 
 def other_size(record: Record, size: tuple[int, int]) -> str:
@@ -182,30 +221,36 @@ def _cycle(weights: Sequence[float]) -> list[int]:
 
 
 class Mix:
-    """Several sources interleaved at a fixed ratio; random access, without random numbers.
+    """Several sources as one; random access, without random numbers.
 
-    A cycle holds each source as often as its weight says, evenly spread. Sources are walked in
-    order and start again at their end. The length is the smallest number of whole cycles in which
-    every source was seen once, so that small or heavy sources come several times.
+    Without weights one stands behind the other, each example once: training shuffles over all.
+    With weights they are interleaved at a fixed ratio. A cycle holds each source as often as its
+    weight says, evenly spread. Sources are walked in order and start again at their end. The length
+    is the smallest number of whole cycles in which every source was seen once, so that small or
+    heavy sources come several times.
     """
 
     task = "records"
 
-    def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
-        if not sources or len(sources) != len(weights):
-            raise ValueError(f"{len(sources)} sources with {len(weights)} weights")
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float] | None = None):
+        if not sources or (weights is not None and len(sources) != len(weights)):
+            raise ValueError(f"{len(sources)} sources with {len(weights or ())} weights")
         empty = [source.name for source in sources if not len(source)]
         if empty:
             raise ValueError(f"sources without records: {some_of(empty)}")
-        self.sources, self._times = list(sources), _cycle(weights)
-        spread = sorted(
-            ((n + 0.5) / times, k, n) for k, times in enumerate(self._times) for n in range(times)
-        )
-        self._source = np.array([k for _, k, _ in spread], np.int32)
-        self._rank = np.array([n for _, _, n in spread], np.int64)
-        rounds = [-(-len(s) // n) for s, n in zip(sources, self._times, strict=True)]
-        self._length = max(rounds) * len(spread)
+        self.sources, self._times = list(sources), None
         self.name = "mix(" + ", ".join(s.name for s in sources) + ")"
+        if weights is None:
+            self._ends = np.cumsum([len(source) for source in sources], dtype=np.int64)
+            self._length = int(self._ends[-1])
+            return
+        self._times = times = _cycle(weights)
+        source = np.repeat(np.arange(len(times), dtype=np.int32), times)
+        rank = np.concatenate([np.arange(n) for n in times])
+        order = np.lexsort((source, (rank + 0.5) / np.repeat(times, times)))
+        self._source, self._rank = source[order], rank[order]
+        rounds = [-(-len(s) // n) for s, n in zip(sources, times, strict=True)]
+        self._length = max(rounds) * len(order)
 
     def __len__(self) -> int:
         return self._length
@@ -214,6 +259,9 @@ class Mix:
         """(number of the source, index in it) of example i."""
         if not 0 <= i < self._length:
             raise IndexError(f"record {i} of {self._length}")
+        if self._times is None:
+            k = int(np.searchsorted(self._ends, i, side="right"))
+            return k, int(i) - int(self._ends[k] - len(self.sources[k]))
         turn, at = divmod(int(i), len(self._source))
         k = int(self._source[at])
         return k, (turn * self._times[k] + int(self._rank[at])) % len(self.sources[k])
@@ -233,15 +281,13 @@ class Mix:
 
     @property
     def fingerprint(self) -> str:
-        ratio = ":".join(map(str, self._times))
+        ratio = ":".join(map(str, self._times or ["all"]))
         return fingerprint_of(f"mix-{ratio}", [source.fingerprint for source in self.sources])
 
 
 def mix(sources: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
-    """Sources at a fixed ratio (None: by their lengths). A single source is returned as it is.
+    """Sources at a fixed ratio (None: one behind the other). A single one is returned as it is.
 
     Raises ValueError on an empty source, a weight not above 0, or a ratio too fine to repeat.
     """
-    if weights is None:
-        weights = [len(source) for source in sources]
     return sources[0] if len(sources) == 1 else Mix(sources, weights)

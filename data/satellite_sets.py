@@ -205,10 +205,27 @@ def frame_of(key: str, count: int) -> int:
     return zlib.crc32(key.encode()) % count
 
 
+def choose_frame(key: str, stack: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, int]:
+    """(picture [H, W, 3], its place in names) of a stack [T, H, W, 3] of one place.
+
+    As the published code: names are those of the last pictures of the stack; the one called
+    "anchor" is taken, else any; here it is the same one every time. Raises ImageError.
+    """
+    if np.ndim(stack) != 4 or not len(names) or len(stack) < len(names):
+        raise ImageError(
+            f"{key}: pictures {np.shape(stack)} with {len(names)} image_names; need [T, H, W, 3] "
+            "and a name for each of the last of them"
+        )
+    anchor = (place for place, name in enumerate(names) if "anchor" in name)
+    frame = next(anchor, frame_of(key, len(names)))
+    return stack[len(stack) - len(names) + frame], frame
+
+
 def describe_satlas(
     key: str, parts: Mapping[str, Any], size: tuple[int, int], frame: int
 ) -> tuple[Wording, Fields]:
-    """key: `satlas_COLUMN_ROW...`. parts: `info.json`, `targets.pyd`. size: height, width."""
+    """key: `satlas_COLUMN_ROW...`. parts: `info.json`, `targets.pyd`. size: height, width. frame:
+    place of the picture in image_names, which tell its date."""
     about, targets = parts["info.json"], parts["targets.pyd"]
     targets = targets[0] if isinstance(targets, (list, tuple)) else targets
     task = about["task_name"]

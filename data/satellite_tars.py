@@ -12,29 +12,31 @@ import io
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from common_jax.files import restricted_loads, sha256_json
-from data.images import SUFFIXES, ImageError, some_of
+from common_jax.files import restricted_loads, sha256_file, sha256_json
+from data.images import ImageError, some_of
 from data.satellite_sample import CAPTION, Sample, read_fields
 from data.satellite_sets import (
     Places,
+    choose_frame,
     describe_fmow,
     describe_satlas,
     describe_spacenet,
-    frame_of,
 )
-from data.tar_index import index_tar
+from data.tar_index import open_samples, stamp_of
 from data.wording import always, compose
 
-ARRAYS = ("input.npy", "rgb.npy", "npy")
-Parts = dict[str, tuple[int, int, int]]
-"""{what follows the key: (number of the tar, first byte, bytes)}."""
+FAULTS = (KeyError, IndexError, TypeError, AttributeError)
+"""What reading a sample raises that is not made as its set says."""
+LOOKED_AT = 200
+"""fMoW pictures whose places are looked up when tars are opened."""
 
 
 def expand_braces(text: str) -> list[str]:
@@ -63,18 +65,6 @@ def find_tars(root: str) -> list[Path]:
     return [Path(name) for name in expand_braces(str(path)) if name.endswith(".tar")]
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    key, _, rest = path.name.partition(".")
-    return str(path.parent / key), rest.lower()
-
-
-def _picture_part(parts: Parts) -> str | None:
-    arrays = (name for name in ARRAYS if name in parts)
-    files = (name for name in parts if f".{name.rpartition('.')[2]}" in SUFFIXES)
-    return next(arrays, None) or next(files, None)
-
-
 def read_places(path: str) -> Places:
     """fMoW's CSV file, with the columns category, location_id, image_id and polygon."""
     with open(Path(path).expanduser(), newline="", encoding="utf-8") as file:
@@ -92,7 +82,8 @@ class TarReader:
     """Random access to the samples of tars, in order; see satellite.py for readers.
 
     places: CSV file with the polygons of fMoW. Damaged members and samples without a picture are
-    refused, or under on_corrupt=skip counted in `counts` and left out.
+    refused, or under on_corrupt=skip left out and told in `problems`. Raises ValueError when
+    `places` has none of the pictures. Opened through `open_tars`.
     """
 
     def __init__(self, tars: Sequence[Path], *, places: str = "", on_corrupt: str = "refuse"):
@@ -101,68 +92,90 @@ class TarReader:
             raise FileNotFoundError(f"no such tar files: {some_of(absent) or 'none was named'}")
         self.tars, self.name = [str(tar) for tar in tars], Path(tars[0]).parent.name
         self.places = read_places(places) if places else {}
-        self.counts: Counter[str] = Counter()
-        self.keys: list[str] = []
-        self.parts: list[Parts] = []
-        problems = [problem for number in range(len(tars)) for problem in self._index(number)]
+        with ThreadPoolExecutor(8) as pool:  # a disk far away answers several at once
+            self.samples = list(pool.map(open_samples, self.tars))
+        self.ends = np.cumsum([len(samples) for samples in self.samples], dtype=np.int64)
+        self.problems = problems = [text for samples in self.samples for text in samples.broken]
         if problems and on_corrupt == "refuse":
             raise ImageError(
                 f"{len(problems)} damaged members: {some_of(problems)}. Copy the tars again, or "
                 "set on_corrupt=skip to leave them out"
             )
         if problems:
-            self.counts["damaged members"] = len(problems)
             logging.warning("skipped %d members: %s", len(problems), some_of(problems))
-        sizes = [[Path(tar).name, Path(tar).stat().st_size] for tar in self.tars]
-        self.fingerprint = f"tars-{sha256_json([sizes, len(self.keys), len(self.places)])[:32]}"
-
-    def _index(self, number: int) -> list[str]:
-        index, found = index_tar(self.tars[number]), {}
-        for name, (start, count) in index.members.items():
-            key, rest = _split_name(name)
-            found.setdefault(key, {})[rest] = (number, start, count)
-        lacking = []
-        for key, parts in found.items():
-            if _picture_part(parts):
-                self.keys.append(key)
-                self.parts.append(parts)
-            else:
-                lacking.append(f"{self.tars[number]}: {key} has no picture")
-        return [*index.broken, *lacking]
+        self._look_up_places(places)
+        files = [[Path(tar).name, *stamp_of(tar)] for tar in self.tars]
+        marks = [files, len(self), sha256_file(Path(places).expanduser()) if places else ""]
+        self.fingerprint = f"tars-{sha256_json(marks)[:32]}"
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self.ends[-1])
 
     @property
     def names(self) -> list[str]:
-        return [f"{k}.{_picture_part(p)}" for k, p in zip(self.keys, self.parts, strict=True)]
+        return [f"{s.key(j)}.{s.picture_part(j)}" for s in self.samples for j in range(len(s))]
 
-    def _read(self, i: int, part: str) -> Any:
-        number, start, count = self.parts[i][part]
+    def _place(self, i: int) -> tuple[int, int]:
+        """(number of the tar, place in it) of sample i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} of '{self.name}'")
+        number = int(np.searchsorted(self.ends, i, side="right"))
+        return number, int(i) - int(self.ends[number] - len(self.samples[number]))
+
+    def _read(self, i: int, wanted: Callable[[str], bool]) -> dict[str, Any]:
+        """The decoded parts of a sample."""
+        number, j = self._place(i)
+        key, found = self.samples[number].key(j), {}
         with open(self.tars[number], "rb") as file:
-            file.seek(start)
-            content = file.read(count)
-        return _decode(content, part, f"{self.tars[number]}: {self.keys[i]}.{part}")
+            for part, (start, count) in self.samples[number].members(j).items():
+                if wanted(part):
+                    file.seek(start)
+                    where = f"{self.tars[number]}: {key}.{part}"
+                    found[part] = _decode(file.read(count), part, where)
+        return found
+
+    def _look_up_places(self, path: str) -> None:
+        """Refuses a CSV file with none of the places, and warns of pictures without one."""
+        looked, known = 0, 0
+        for i in np.linspace(0, len(self), min(len(self), LOOKED_AT), endpoint=False).astype(int):
+            number, j = self._place(int(i))
+            if set_of(self.samples[number].key(j)) != "fmow":
+                continue
+            picture = self.samples[number].picture_part(j)
+            try:
+                rest = self._read(int(i), lambda part, picture=picture: part != picture)
+                _, fields = describe_fmow(rest, self.places)
+            except (ValueError, *FAULTS):  # said when it is read
+                continue
+            looked, known = looked + 1, known + ("longitude" in fields)
+        if path and looked and not known:
+            raise ValueError(
+                f"{path} has none of the {looked} fMoW pictures of '{self.name}' that were looked "
+                "up; give the CSV file of these tars, with the same split"
+            )
+        if known < looked:
+            told = f"{path} lacks them" if path else "give the CSV file of the set (places)"
+            logging.warning(
+                "%s: %d of %d fMoW pictures looked at have no longitude and latitude: %s",
+                *(self.name, looked - known, looked, told),
+            )
 
     def sample(self, i: int) -> Sample:
         """Raises ImageError naming the tar and the member."""
-        picture = _picture_part(self.parts[i])
-        where = f"{self.tars[self.parts[i][picture][0]]}: {self.keys[i]}"
+        number, j = self._place(i)
+        key, picture = self.samples[number].key(j), self.samples[number].picture_part(j)
         try:
-            rest = {part: self._read(i, part) for part in self.parts[i] if part != picture}
-            return self._described(i, self._read(i, picture), rest)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            parts = self._read(i, lambda part: True)
+            return self._described(key, parts.pop(picture), parts)
+        except FAULTS as error:
             raise ImageError(
-                f"{where}: {type(error).__name__} {error} lacks or is wrong"
+                f"{self.tars[number]}: {key}: {type(error).__name__} {error} lacks or is wrong"
             ) from error
 
-    def _described(self, i: int, picture: Any, rest: dict[str, Any]) -> Sample:
-        key = self.keys[i]
-        name = PurePosixPath(key).name
-        which = re.match(r"[a-z]*", name.lower())[0]
+    def _described(self, key: str, picture: Any, rest: dict[str, Any]) -> Sample:
+        name, which = PurePosixPath(key).name, set_of(key)
         if which == "satlas":
-            frame = frame_of(key, len(picture))
-            shown = picture[frame]
+            shown, frame = choose_frame(key, picture, rest["info.json"]["image_names"])
             said = describe_satlas(name, rest, shown.shape[:2], frame)
             return Sample(key, to_rgb(shown, key), *said)
         if which in ("fmow", "spacenet"):
@@ -175,6 +188,23 @@ class TarReader:
         about = rest.get("json", {})
         caption = str(rest.get("txt", about.get("caption", ""))).strip() or CAPTION
         return Sample(key, to_rgb(picture, key), compose(always(caption)), read_fields(about))
+
+
+def set_of(key: str) -> str:
+    """The first word of the name of a sample, which tells the set it is of."""
+    return re.match(r"[a-z]*", PurePosixPath(key).name.lower())[0]
+
+
+def open_tars(tars: Sequence[Path], *, places: str = "", on_corrupt: str = "refuse") -> TarReader:
+    """A TarReader; the same one as long as the files are the same: both splits share it."""
+    files = tuple((str(tar), stamp_of(tar)) for tar in tars)
+    changed = stamp_of(Path(places).expanduser()) if places else None
+    return _opened(files, places, changed, on_corrupt)
+
+
+@lru_cache(maxsize=8)
+def _opened(files: tuple, places: str, changed: tuple | None, on_corrupt: str) -> TarReader:
+    return TarReader([Path(tar) for tar, _ in files], places=places, on_corrupt=on_corrupt)
 
 
 def _decode(content: bytes, part: str, where: str) -> Any:

@@ -10,15 +10,20 @@ reads them all and compares the hashes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import resource
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from common_jax.files import atomic_path, read_json, sha256_file, sha256_json, write_json
@@ -181,53 +186,91 @@ def count_records(path: Path) -> int:
         reader.close()
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """A whole file, so that array_record need not open every shard to count its records."""
+# ---------------------------------------------------------------------------------------- reading
+MOST_FILES = 65536
+OPEN_SHARDS = 256
+"""So many stay open in a process, or a quarter of what it may; opening one costs ten reads."""
+FAILED = re.compile(r"\b\w+\(\) failed: ")
+"""How array_record begins what the operating system said; everything else is about the content."""
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+
+def allow_open_files() -> int:
+    """Raises the number of files this process may hold open as far as the system lets it; -> it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if 0 <= hard < MOST_FILES else MOST_FILES
+    if 0 <= soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft >= 0 else MOST_FILES
+
+
+class _OpenShards:
+    """Reads records by file and place, and keeps the files used last open. For many threads."""
+
+    def __init__(self):
+        self.most, self.lock = min(OPEN_SHARDS, max(1, allow_open_files() // 4)), threading.Lock()
+        self.readers: OrderedDict[str, ArrayRecordReader] = OrderedDict()
+
+    def _take(self, path: str) -> ArrayRecordReader:
+        with self.lock:
+            reader = self.readers.pop(path, None) or ArrayRecordReader(
+                path, "readahead_buffer_size:0", file_reader_buffer_size=32768
+            )
+            self.readers[path] = reader
+            while len(self.readers) > self.most:  # it closes when the last thread is done with it
+                self.readers.popitem(last=False)
+        return reader
+
+    def read(self, path: str, place: int) -> bytes:
+        try:
+            (content,) = self._take(path).read([place])
+        except (RuntimeError, ValueError, IndexError) as error:
+            with self.lock:  # a file that could not be opened or read is opened anew next time
+                self.readers.pop(path, None)
+            if FAILED.search(str(error)):
+                raise OSError(
+                    f"{path}: the system cannot read it ({error}). This is no damage and "
+                    "is never skipped: see that the file is there, that its disk answers, and that "
+                    "`ulimit -n` is not too low, then start again"
+                ) from error
+            raise ShardError(
+                f"{path} record {place}: damaged ({error}); run data.prepare --verify"
+            ) from error
+        return content
+
+
+@cache
+def _open_shards(process: int) -> _OpenShards:
+    """A forked process has its own."""
+    return _OpenShards()
 
 
 class PackedExamples:
-    """Random access to the packed examples of a folder: `[i] -> (header, parts)`."""
+    """Random access to the packed examples of a folder: `[i] -> (header, parts)`.
+
+    Raises ShardError on a damaged example, OSError when a file cannot be read at all.
+    """
 
     def __init__(self, folder: str | os.PathLike, kind: str):
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder, kind)
-        whole = [
-            _Whole(str(self.folder / n.file), 0, n.count, n.count)
-            for n in self.manifest.shards
-            if n.count
-        ]
-        if not whole:
+        self._files = [note.file for note in self.manifest.shards]
+        self._ends = np.cumsum([note.count for note in self.manifest.shards], dtype=np.int64)
+        if not self.manifest.count:
             raise ShardError(f"{self.folder} holds no examples; all of them were skipped")
-        self._records = ArrayRecordDataSource(whole)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-        where = f"{self.folder} example {i}"
-        try:
-            content = self._records[int(i)]
-        except (RuntimeError, ValueError) as error:
-            raise ShardError(f"{where}: damaged ({error}); run data.prepare --verify") from error
-        return unpack(content, where)
-
-
-@lru_cache(maxsize=4096)
-def _reader(path: str, process: int) -> ArrayRecordReader:
-    """An open shard; a forked process has its own."""
-    return ArrayRecordReader(path, "readahead_buffer_size:0", file_reader_buffer_size=32768)
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)} in {self.folder}")
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        start = int(self._ends[number - 1]) if number else 0
+        return read_packed(str(self.folder / self._files[number]), int(i) - start)
 
 
 def read_packed(path: str, place: int) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(header, parts) of one record of one shard."""
-    try:
-        (content,) = _reader(path, os.getpid()).read([place])
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ShardError(f"{path} record {place}: {error}; run data.prepare --verify") from error
-    return unpack(content, f"{path} record {place}")
+    """(header, parts) of one record of one shard; raises as PackedExamples."""
+    return unpack(_open_shards(os.getpid()).read(path, place), f"{path} record {place}")

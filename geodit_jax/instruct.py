@@ -6,6 +6,7 @@ S positions of a sequence, V view slots, K table rows in an image token; see `se
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -29,6 +30,8 @@ from geodit_jax.views import make_views
 
 SHORTENED = 0.01
 """Share of text blocks that are cut to a random length in pretraining (LLaDA)."""
+TEXTS_AT_ONCE = 1000
+"""So many texts are tokenised together; a list of their ids takes ten times the array's memory."""
 STAGES_OF_SIGHT = ("all", "turns", "prefix")
 SYSTEMS = {"llada_v": SYSTEM, "none": ""}
 
@@ -133,6 +136,8 @@ def make_conversation(
     record, prompts: Prompts, codec: str, rng: np.random.Generator
 ) -> Conversation:
     """Messages of a record: those of a chat, else one question and one of its answers at random."""
+    if record.task == "text":
+        raise ValueError(f"record {record.id} is plain text: only train.stage=pretrain reads it")
     if record.task == "chat":
         return from_llava(record.conversations)
     if len(record.answers) > 1:
@@ -160,8 +165,11 @@ def _without_picture(text: str) -> str:
 
 # -------------------------------------------------------------------------------------- plain text
 def texts_of(records: Iterable, prompts: Prompts, codec: str) -> Iterator[str]:
-    """Every text of records: messages of chats; else the question and all answers."""
+    """Every text of records: plain texts, messages of chats; else the question and all answers."""
     for record in records:
+        if record.task == "text":
+            yield record.answers[0]
+            continue
         if record.task == "chat":
             yield from (_without_picture(text) for _, text in record.conversations)
             continue
@@ -175,11 +183,13 @@ class PackedText:
     """Texts, an end-of-text id behind each, in blocks of `length` ids; the last may be shorter."""
 
     def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, length: int):
-        eos = tokenizer.ids.eos
-        ids = [number for text in texts for number in (*tokenizer.encode(text), eos)]
-        if not ids:
+        eos, texts, parts = tokenizer.ids.eos, iter(texts), []
+        while some := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+            ids = itertools.chain.from_iterable((*i, eos) for i in tokenizer.encode_many(some))
+            parts.append(np.fromiter(ids, np.int32))
+        if not parts:
             raise ValueError("there is no text to train on")
-        self.ids, self.length, self.eos = np.asarray(ids, np.int32), length, eos
+        self.ids, self.length, self.eos = np.concatenate(parts), length, eos
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.length)

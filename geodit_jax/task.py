@@ -20,8 +20,7 @@ import numpy as np
 from common_jax.lora import TRAINABLE, add_adapters, merge_adapters
 from common_jax.sharding import count_ways, merge_trees, split_tree, tree_shardings
 from common_jax.task import Evaluator, PlanRow, Task
-from data.memory import InMemory
-from data.record_catalog import open_records
+from data.record_catalog import RecordSets, named_sets
 from data.records import mix
 from data.scene_records import KINDS, scene_texts
 from geodit_jax import llada
@@ -136,7 +135,7 @@ class GeoDiTTask(Task):
         if folder:
             return Tokenizer.load(folder, self.model.tokens)
         texts: list[str] = []
-        for source in self._sources("train"):
+        for source in self.sets.open("train"):
             if source.name == "scenes":  # a scene gives all its texts at once, a record only one
                 count = min(SCENES, len(source))
                 texts += scene_texts(count, render=lambda r: texts_of([r], self.prompts, codec))
@@ -144,36 +143,25 @@ class GeoDiTTask(Task):
                 texts += texts_of(source.records[:MOST_TEXTS], self.prompts, codec)
         return Tokenizer.train(texts, self.model.tokens.size)
 
-    def _sources(self, split: str) -> list:
-        """The record sets of a split; those of `val` may be others than those of training."""
-        data = self.config.data
-        names, roots = data.name, data.root
-        if split == "val":
-            names, roots = data.val or names, data.val_root or roots
-        names = names.split("+")
-        roots = roots.split("+") if roots else [""] * len(names)
-        if len(names) != len(roots):
-            raise ValueError(f"{len(roots)} roots for the {len(names)} sets {', '.join(names)}")
-        return [self._open(name, root, split) for name, root in zip(names, roots)]
-
-    def _open(self, name: str, root: str, split: str):
+    @functools.cached_property
+    def sets(self) -> RecordSets:
+        """Sets for validation may be others than those of training."""
         data, tower = self.config.data, self.model.tower
-        size = data.val_size if split == "val" else data.size
-        if name == "scenes":
-            options = {
-                "size": size,
-                "side": data.side or (tower.image_size if tower else 64),
-                "kinds": tuple(data.kinds) or SCENE_KINDS.get(self.config.train.stage, KINDS),
-                "max_boxes": data.max_boxes,
-            }
-            return InMemory(open_records(name, split, **options))
-        options = {"limit": size, "keep": data.keep, "on_bad": data.on_bad}
-        return open_records(name, split, root=root or None, **options)
+        scenes = {
+            "side": data.side or (tower.image_size if tower else 64),
+            "kinds": tuple(data.kinds) or SCENE_KINDS.get(self.config.train.stage, KINDS),
+            "max_boxes": data.max_boxes,
+        }
+        named = {"train": named_sets(data.name, data.root)}
+        if data.val != "none":
+            named["val"] = named_sets(data.val or data.name, data.val_root or data.root)
+        options = {"keep": data.keep, "on_bad": data.on_bad}
+        return RecordSets(named, {"train": data.size, "val": data.val_size}, options, scenes)
 
     def _source(self, split: str):
         data = self.config.data
         weights = data.weights if split == "train" else ()
-        records = mix(self._sources(split), weights or None)
+        records = mix(self.sets.open(split), weights or None)
         if self.config.train.stage != "pretrain":
             return records
         texts = texts_of(records.records, self.prompts, data.codec)

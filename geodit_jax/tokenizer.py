@@ -65,6 +65,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def _whole(text: str) -> str:
+    """Half a surrogate pair becomes `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class Tokenizer:
     """A loaded tokenizer; `ids` are its special ids and its length."""
 
@@ -118,8 +123,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Special texts in it become their one id; nothing is put in front."""
-        whole = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes ?
-        return self.engine.encode(whole, add_special_tokens=False).ids
+        return self.engine.encode(_whole(text), add_special_tokens=False).ids
+
+    def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of `encode` for each text, by several threads."""
+        whole = [_whole(text) for text in texts]
+        return [e.ids for e in self.engine.encode_batch_fast(whole, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD.

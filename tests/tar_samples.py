@@ -64,13 +64,16 @@ def spacenet(city: str = "Vegas") -> dict[str, bytes]:
     }
 
 
-def satlas() -> dict[str, bytes]:
+def satlas(
+    names: tuple[str, ...] = ("a_2018-05-06", "b_2020-07-08"), values: tuple[int, ...] = (10, 20)
+) -> dict[str, bytes]:
+    """values: colour of each picture of the stack; names may be fewer."""
     targets = [
         {"labels": np.array([1, 1, 15]), "boxes": np.array([[0, 0, 2, 2]] * 2 + [[6, 6, 8, 8]])}
     ]
-    about = {"task_name": "point", "image_names": ["a_2018-05-06", "b_2020-07-08"]}
+    about = {"task_name": "point", "image_names": list(names)}
     key = "satlas_32768_49152_point"
-    frames = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (10, 20)])
+    frames = np.array([np.full((8, 8, 3), value, np.uint8) for value in values])
     return {
         f"{key}.rgb.npy": npy(frames),
         f"{key}.info.json": json.dumps(about).encode(),

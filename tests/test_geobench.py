@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from common_jax.files import UnsafePickleError
+from data.catalog import GEOBENCH, open_source
 from data.geobench import (
     GeoBenchError,
     GeoBenchSet,
@@ -21,6 +23,7 @@ from data.geobench import (
     open_geobench,
 )
 from data.pipeline import eval_batches
+from data.prepare import main
 
 S2 = ("04 - Red", "03 - Green", "02 - Blue")
 RGB = ("Red", "Green", "Blue")
@@ -180,6 +183,34 @@ def test_the_first_of_several_dates_is_taken(dated):
     }
     write_sample(folder, "id_0000", bands, maps={"label": np.zeros((8, 8), np.uint8)})
     assert open_tiny(dated, row=table(**SEG))[0]["image"].max() == np.float32(10 / 255)
+
+
+def test_a_set_is_prepared_and_read_back_without_loss(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(GEOBENCH, "m-eurosat", table())
+    folder_of(root).rename(root / "classification_v1.0" / "m-eurosat")
+    monkeypatch.setenv("GEO_BENCH_DIR", str(root))
+    out = tmp_path / "out" / "train"
+    assert main(["examples:m-eurosat", str(out), "--split=train", "--workers=0"]) == 0
+    before, after = (
+        open_source("m-eurosat", "train"),
+        open_source(f"prepared:{out.parent}", "train"),
+    )
+    assert (after.task, after.classes, after.native_side) == ("classification", before.classes, 8)
+    np.testing.assert_array_equal(after.labels(), before.labels())
+    for i in range(4):
+        np.testing.assert_array_equal(after[i]["image"], before[i]["image"])
+        assert after[i]["image"].dtype == np.float32 and after[i]["id"] == before[i]["id"]
+
+
+def test_too_many_open_files_are_no_truncated_sample(root, monkeypatch):
+    source = open_tiny(root)
+
+    def full(path, mode):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(h5py, "File", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        source[0]
 
 
 def test_labels_beyond_the_classes_or_of_another_size_are_named(dated, root):

@@ -17,7 +17,7 @@ def record(task: str, **fields) -> Record:
 
 
 def test_every_task_has_templates():
-    assert {*FIELDS, "chat"} == set(TASKS)
+    assert {*FIELDS, "chat", "text"} == set(TASKS)
     assert set(PROMPTS.templates) == set(FIELDS)
 
 

@@ -112,6 +112,18 @@ def test_the_other_stages_run_and_change_only_what_they_train(stage, tmp_path):
 
 
 # -------------------------------------------------------------------------------- frozen and not
+def test_a_file_of_plain_texts_is_pretrained_on(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(f'{{"text": "Text {k} tells of a harbour."}}\n' for k in range(40)))
+    made = GeoDiTTask(tiny("pretrain", **{"data.name": "jsonl", "data.root": str(path)}))
+    found = batch_of(made)
+    text = made.tokenizer.decode(found["ids"][0, : int(found["length"][0])])
+    assert " tells of a harbour." in text
+    assert (found["labels"] == found["ids"])[0, : int(found["length"][0])].all()
+    parts = [{r.id for r in made.sets.open(split)[0].records} for split in ("train", "val")]
+    assert [len(ids) for ids in parts] == [36, 4] and not parts[0] & parts[1]
+
+
 def test_alignment_keeps_no_gradient_and_no_optimiser_state_of_the_rest():
     config = tiny("align")
     made = GeoDiTTask(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,3 +127,14 @@ def test_a_changed_file_is_read_again(tmp_path):
     before = check_images([path])[0].digest
     save(tmp_path, "a.png", noise(10, 9, 3, seed=5))
     assert check_images([path])[0].digest != before
+
+
+def test_errors_of_the_system_are_no_broken_pictures(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"")
+
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        check_images([tmp_path / "a.png"], "skip")

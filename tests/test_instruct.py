@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.records import Record
+from geodit_jax import instruct
 from geodit_jax.chat import IMAGE
 from geodit_jax.config import find_size
 from geodit_jax.image_layout import max_image_tokens
@@ -234,6 +235,17 @@ def test_packed_text_is_all_texts_in_blocks_with_ends_between(tokenizer):
         assert (block["labels"][end:] == -100).all() and len(block["ids"]) == 16
 
 
+def test_texts_are_tokenised_in_portions_and_kept_in_four_bytes_an_id(tokenizer, monkeypatch):
+    texts = [f"picture {k} shows a harbour" for k in range(10)]
+    whole = PackedText(texts, tokenizer, 16).ids
+    portions, encode = [], tokenizer.encode_many
+    monkeypatch.setattr(instruct, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(tokenizer, "encode_many", lambda t: portions.append(len(t)) or encode(t))
+    packed = PackedText(iter(texts), tokenizer, 16)
+    np.testing.assert_array_equal(packed.ids, whole)
+    assert packed.ids.dtype == np.int32 and portions == [4, 4, 2]
+
+
 def test_the_asked_share_of_blocks_is_shortened(tokenizer):
     source = PackedText(["a harbour with two boats"] * 40, tokenizer, 16)
     rng = np.random.default_rng(0)
@@ -253,3 +265,10 @@ def test_texts_of_records_hold_every_question_and_every_answer():
         assert expected in texts
     assert "How many boats?" in texts and "two" in texts
     assert not any("<image>" in text for text in texts)
+
+
+def test_plain_texts_are_for_pretraining_alone():
+    plain = Record("p", None, "text", answers=("a road\n",))
+    assert list(texts_of([plain], PROMPTS, "unit2")) == ["a road\n"]
+    with pytest.raises(ValueError, match="record p is plain text: only train.stage=pretrain"):
+        make_conversation(plain, PROMPTS, "unit2", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common_jax.files import sha256_file
 from data import prepare as prepare_module
 from data.prepare import main, options_of
 from data.record_catalog import open_records
@@ -42,6 +44,25 @@ def test_a_folder_of_pictures_becomes_shards_with_captions_of_its_folders(tmp_pa
     np.testing.assert_array_equal(
         source[3]["image"], np.asarray(Image.open(tmp_path / "in/dense_forest/3.jpg"))
     )
+
+
+def test_prepared_splits_are_found_and_a_missing_validation_part_is_cut_off(tmp_path):
+    for name, count in (("train", 4), ("val", 2)):
+        for k in range(count):
+            draw(tmp_path / name / f"{name}{k}.png", seed=k)
+
+    def ids(split):
+        source = open_satellite(split, root=str(tmp_path / "out"), holdout=0.25)
+        return [source[i]["id"] for i in range(len(source))]
+
+    assert main([str(tmp_path / "train"), str(tmp_path / "out" / "train"), *QUIET]) == 0
+    assert ids("train") == ["train0.png", "train1.png", "train2.png"]
+    assert ids("val") == ["train3.png"]
+    assert main([str(tmp_path / "val"), str(tmp_path / "out" / "val"), *QUIET]) == 0
+    assert len(ids("train")) == 4 and ids("val") == ["val0.png", "val1.png"]
+    shutil.rmtree(tmp_path / "out" / "train")
+    with pytest.raises(FileNotFoundError, match="neither .*train"):
+        ids("train")
 
 
 def test_tars_give_the_same_examples_prepared_and_as_they_are(tmp_path):
@@ -120,6 +141,10 @@ def test_records_move_with_their_folder_and_lose_broken_pictures_alone(talk, tmp
     assert main([*arguments, "--option=pictures=trust", *QUIET]) == 0
     manifest = read_manifest(tmp_path / "out")
     assert manifest.skipped == 1 and "0.png: cannot be read" in manifest.problems[0]
+    other = [a.replace("/out", "/other") for a in arguments]
+    assert main([*other, *QUIET]) == 0  # found on opening
+    manifest = read_manifest(tmp_path / "other")
+    assert manifest.skipped == 1 and "0.png: cannot be read" in manifest.problems[0]
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     source = open_records("prepared", "train", root=str(moved))
     assert [r.task for r in source.records] == ["grounding", "vqa", "caption", "chat"]
@@ -155,6 +180,37 @@ def test_a_broken_tar_member_stops_or_is_counted_and_left_out(tmp_path, capsys, 
     assert (manifest.count, manifest.skipped) == (5, 1) and len(manifest.problems) == 1
     ids = open_satellite("train", root=str(tmp_path / "out"), holdout=0.0)
     assert [ids[i]["id"] for i in range(5)] == ["0", "1", "3", "4", "5"]
+
+
+def test_the_manifest_names_what_opening_left_out(tmp_path):
+    """A lost header loses a text and a picture here, and is a third problem itself."""
+    folder = Path(tar_with_a_broken_picture(tmp_path / "in"))
+    members = {"8.jpg": jpeg(), "7.jpg": jpeg(), "7.txt": b"seven", "9.jpg": jpeg()}
+    offsets = write_tar(folder / "b.tar", members)
+    data = bytearray((folder / "b.tar").read_bytes())
+    data[offsets["7.jpg"] : offsets["7.jpg"] + 512] = b"\xff" * 512
+    (folder / "b.tar").write_bytes(data)
+    assert main([str(folder), str(tmp_path / "out"), "--on-corrupt=skip", *QUIET]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.count, manifest.skipped) == (7, 3)
+    for text in (
+        f"damaged header at byte {offsets['7.jpg']}",
+        "7 has no picture",
+        "2: cannot be read",
+    ):
+        assert any(text in problem for problem in manifest.problems), text
+
+
+def test_the_manifest_names_broken_and_equal_pictures_of_a_folder(tmp_path):
+    for k in range(3):
+        draw(tmp_path / "in" / f"{k}.png", seed=min(k, 1))
+    (tmp_path / "in" / "3.png").write_bytes(b"broken")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--on-corrupt=skip", *QUIET]
+    assert main(arguments) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.count, manifest.skipped) == (2, 2)
+    assert "3.png: cannot be read" in manifest.problems[0]
+    assert "2.png: the same picture as" in manifest.problems[1]
 
 
 class Counting:
@@ -212,6 +268,30 @@ def test_parts_of_several_machines_are_one_set(tmp_path, capsys):
     assert "3 shards of other parts are missing" in capsys.readouterr().err
     assert main([*arguments, "--part=1/2"]) == 0
     assert read_manifest(tmp_path / "out").count == 5
+
+
+def test_a_part_reads_its_own_shards_again_and_the_last_one_all(tmp_path, monkeypatch, capsys):
+    for k in range(5):
+        draw(tmp_path / "in" / f"{k}.png", seed=k)
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--per-shard=1", *QUIET]
+    read = []
+
+    def hashed(path):
+        read.append(Path(path).name[4])
+        return sha256_file(path)
+
+    monkeypatch.setattr(prepare_module, "sha256_file", hashed)
+    assert main([*arguments, "--part=1/3"]) == 0 and main([*arguments, "--part=2/3"]) == 0
+    assert not read
+    assert main([*arguments, "--part=2/3"]) == 0 and sorted(read) == ["1", "4"]
+    spoilt = tmp_path / "out" / "00004.array_record"
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(content[:-1] + b"x")
+    read.clear()
+    assert main([*arguments, "--part=3/3"]) == 1 and sorted(read) == ["0", "1", "3", "4"]
+    assert "00004.array_record changed since other parts" in capsys.readouterr().err
+    assert main([*arguments, "--part=2/3"]) == 0  # writes it anew, and ends last
+    assert read_manifest(tmp_path / "out").count == 5 and spoilt.read_bytes() == content
 
 
 def test_verification_reads_everything(tmp_path, capsys):

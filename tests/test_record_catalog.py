@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from data.record_boxes import RecordError
-from data.record_catalog import TABLE, known_records, open_records
+from data.record_catalog import TABLE, RecordSets, known_records, named_sets, open_records
 from data.records import mix
 from tests.record_sets import draw, write_lines, write_whole
 
@@ -92,3 +94,58 @@ def test_splits_a_set_does_not_have_are_refused(tmp_path):
 
 def test_the_names_of_all_sets_are_known():
     assert {"scenes", "rsicd", "real:ucm_vqa", "mmrs"} <= set(known_records())
+
+
+# ------------------------------------------------------------------------- training, validation
+def sets(root, val=None, val_size=4):
+    named = {"train": named_sets("jsonl", root), "val": named_sets("jsonl", root)}
+    if val == "none":
+        del named["val"]
+    return RecordSets(named, {"train": 0, "val": val_size}, {"keep": 2**20}, {})
+
+
+@pytest.fixture
+def one_file(tmp_path):
+    """60 records of 30 pictures, no splits."""
+    draw(tmp_path / "0.png")
+    for k in range(1, 30):
+        shutil.copy(tmp_path / "0.png", tmp_path / f"{k}.png")
+    rows = [{"image": f"{k % 30}.png", "task": "caption", "answer": f"c{k}"} for k in range(60)]
+    return str(write_lines(tmp_path / "set.jsonl", rows))
+
+
+def seen(source, field="image"):
+    return {getattr(record, field) for record in source.records}
+
+
+def test_of_a_file_without_splits_no_picture_is_in_training_and_validation(one_file):
+    opened = sets(one_file)
+    (train,), (val,) = opened.open("train"), opened.open("val")
+    assert (len(train), len(val), len(seen(val))) == (56, 4, 2)
+    assert not seen(train) & seen(val) and train.keep == val.keep == 2**20
+    (val,) = sets(one_file, val_size=0).open("val")
+    assert len(val) == 6  # a tenth, not all
+    (whole,) = sets(one_file, val="none").open("train")
+    assert len(whole) == 60
+
+
+def test_records_that_name_their_split_stay_in_it_and_others_are_trained_on(tmp_path):
+    rows = [{"text": f"t{k}", "split": s} for k, s in enumerate(["train", "val", "", "val", ""])]
+    root = str(write_lines(tmp_path / "set.jsonl", rows))
+    opened = sets(root)
+    (train,), (val,) = opened.open("train"), opened.open("val")
+    assert seen(train, "answers") == {("t0",), ("t2",), ("t4",)}
+    assert seen(val, "answers") == {("t1",), ("t3",)}
+
+
+def test_of_a_single_picture_nothing_is_held_out(tmp_path):
+    root = str(write_lines(tmp_path / "set.jsonl", [{"text": "alone"}]))
+    with pytest.raises(RecordError, match="single picture: nothing can be held out"):
+        sets(root).open("train")
+
+
+def test_every_set_has_a_root_or_none_has():
+    assert named_sets("a+b", "x+y") == [("a", "x"), ("b", "y")]
+    assert named_sets("a+b", "") == [("a", ""), ("b", "")]
+    with pytest.raises(ValueError, match="1 roots for the 2 sets a, b"):
+        named_sets("a+b", "x")

@@ -71,6 +71,21 @@ def test_written_records_are_read_back_equal(folder):
     assert '"image": "a.png"' in (folder / "again.jsonl").read_text()
 
 
+def test_plain_texts_are_read_as_they_are_and_back(folder):
+    rows = [{"text": " Two\nlines. "}, {"text": "one", "split": "val"}]
+    path = write_lines(folder / "set.jsonl", rows)
+    first = read_records(path)
+    assert [(r.task, r.image, r.answers) for r in first.records] == [
+        ("text", None, (" Two\nlines. ",)),
+        ("text", None, ("one",)),
+    ]
+    write_records(folder / "again.jsonl", first.records)
+    assert read_records(folder / "again.jsonl").records == first.records
+    for wrong in ({"text": ""}, {"text": 3}):
+        with pytest.raises(RecordError, match="an answer is empty or no text"):
+            read_records(write_lines(folder / "set.jsonl", [wrong]))
+
+
 def test_a_json_list_and_a_byte_order_mark_are_read_too(folder):
     path = write_whole(folder / "set.json", [caption(), caption()])
     assert len(read_records(path)) == 2

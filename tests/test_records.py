@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -132,7 +133,36 @@ def test_a_mix_is_the_same_in_any_order_of_access_and_after_pickling(tmp_path):
 
 def test_a_mix_without_weights_shows_every_record_exactly_once(tmp_path):
     mixed = mix([numbered(tmp_path, "a", 5), numbered(tmp_path, "b", 3)])
-    assert sorted(r.id for r in mixed.records) == [f"a{n}" for n in range(5)] + ["b0", "b1", "b2"]
+    ids = [f"a{n}" for n in range(5)] + ["b0", "b1", "b2"]
+    assert [r.id for r in mixed.records] == [mixed[i]["id"] for i in range(8)] == ids
+    with pytest.raises(IndexError, match="record 8 of 8"):
+        mixed[8]
+
+
+class Long:
+    """A source of so many examples that nothing may be kept of each."""
+
+    fingerprint = "long"
+
+    def __init__(self, name, count):
+        self.name, self.count = name, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return (self.name, i)
+
+
+def test_sets_of_any_length_are_mixed_and_cost_nothing_per_example():
+    tracemalloc.start()
+    mixed = mix([Long("a", 70_000_001), Long("b", 33_000_000)])
+    heavy = mix([Long("a", 70_000_001), Long("b", 33_000_000)], [0.3, 0.7])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100_000
+    assert [mixed[i] for i in (70_000_000, 70_000_001)] == [("a", 70_000_000), ("b", 0)]
+    assert Counter(heavy[i][0] for i in range(10)) == {"a": 3, "b": 7}
 
 
 def test_weights_that_mean_nothing_are_refused(tmp_path):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common_jax.train_loop import Pipeline, train
+from configs.satdifuser_pretrain import get_config
 from data.images import ImageError
 from data.pipeline import eval_batches, train_batches
+from data.prepare import main
 from data.satellite import SatelliteSource, open_satellite
+from data.satellite_sample import Sample
 from data.transforms import normalise_metadata
 from data.wording import DrawCaption
+from satdifuser_jax.pretrain import PretrainTask
+from tests.tar_samples import fmow, satlas, spacenet, write_tar
 
 HEADER = ["path", "caption", "longitude", "latitude", "gsd", "cloud_cover", "date"]
 
@@ -66,7 +76,64 @@ def test_a_broken_picture_stops_the_run_or_is_counted_and_its_neighbour_taken(ta
         open_satellite("train", root=str(table), holdout=0.0)[5]
     source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
     assert [source[i]["id"] for i in (3, 4, 5, 4, 6)] == [f"{k}.png" for k in (3, 6, 6, 6, 6)]
-    assert source.counts == {"skipped": 2}
+    assert (source.counts["skipped"], source.counts["bad"], source.counts["read"]) == (2, 3, 5)
+
+
+def test_a_changed_picture_or_table_is_another_set(table):
+    def fingerprint():
+        return open_satellite("train", root=str(table), holdout=0.0).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    picture = table.parent / "3.png"
+    os.utime(picture, ns=(0, 10**18))
+    second = fingerprint()
+    table.write_text(table.read_text().replace("field 7", "house 7"))
+    assert len({first, second, fingerprint()}) == 3
+
+
+class Spoilt:
+    """A reader of 40 samples; `bad` of them, spread evenly, cannot be used."""
+
+    name, fingerprint, problems = "spoilt", "spoilt", ()
+
+    def __init__(self, bad: int):
+        self.bad = {k * 40 // bad for k in range(bad)}
+
+    def __len__(self):
+        return 40
+
+    def sample(self, i):
+        if i in self.bad:
+            raise ImageError(f"{i} is spoilt")
+        return Sample(str(i), np.zeros((8, 8, 3), np.uint8))
+
+
+def test_skipping_tells_the_running_count_and_ends_when_too_many_are_bad(caplog):
+    source = SatelliteSource(Spoilt(3), range(40), on_corrupt="skip")
+    for i in range(1200):
+        source[i % 40]
+    assert [r.message for r in caplog.records] == [
+        "spoilt: 1 picture is skipped, the next taken in place; now 0 is spoilt"
+    ]
+    source = SatelliteSource(Spoilt(16), range(40), on_corrupt="skip")
+    for i in range(999):
+        source[i % 40]
+    assert "spoilt: 10 pictures are skipped" in caplog.records[-1].message
+    with pytest.raises(ImageError, match="40[0-9] of 10[0-9][0-9] pictures read .* more than 10%"):
+        for i in range(40):
+            source[i]
+
+
+def test_errors_of_the_system_are_not_skipped(table, monkeypatch):
+    source = open_satellite("train", root=str(table), holdout=0.0, on_corrupt="skip")
+
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        source[0]
 
 
 def test_a_folder_is_read_without_captions_of_its_own(tmp_path):
@@ -82,7 +149,7 @@ class Recorder:
 
     def __init__(self, reader):
         self.reader, self.asked = reader, []
-        self.name, self.fingerprint = reader.name, reader.fingerprint
+        self.name, self.fingerprint, self.problems = reader.name, reader.fingerprint, ()
 
     def __len__(self):
         return len(self.reader)
@@ -110,3 +177,42 @@ def test_batches_of_two_processes_are_those_of_one(table):
     parts = [next(train_batches(source, (), **options, host=h, num_hosts=2)) for h in range(2)]
     for key in ("image", "metadata", "index"):
         np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
+
+
+class Scales:
+    """A network of one number, which compiles at once."""
+
+    def apply(self, variables, x, t, context, metadata):
+        return x * variables["params"]["scale"] + 1e-4 * metadata.mean(), {}
+
+
+class Small(PretrainTask):
+    """All of pretraining but its network."""
+
+    def init(self, seed):
+        self.unet = Scales()
+        return {"scale": np.float32([1.0])}, {}
+
+    def flops(self):
+        return {"train": 1.0}
+
+    def report(self, params, state, results, workdir):
+        pass
+
+
+def test_tars_and_a_prepared_folder_are_pretrained_on(tmp_path):
+    """One run that sees every picture of both."""
+    write_tar(tmp_path / "tars" / "a.tar", fmow(1) | spacenet() | satlas())
+    for k in range(5):
+        draw(tmp_path / "in" / f"{k}.png", 40 * k)
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers=0"]) == 0
+    config = get_config("tiny")
+    with config.unlocked():
+        config.data.name, config.data.train = "satellite", f"{tmp_path}/tars,{tmp_path}/out"
+        config.data.holdout, config.data.smallest_crop, config.data.side = 0.25, 8, 16
+        config.batch_size, config.optim.steps, config.eval.samples = 4, 2, 0
+    run = tmp_path / "run"
+    assert train(Small(config), config, str(run), Pipeline(train_batches, eval_batches)) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(found) == 2 and np.isfinite(found).all()

@@ -31,6 +31,28 @@ def test_samples_of_the_three_sets_are_told_by_their_names(tmp_path):
     assert reader.sample(2).pixels().max() in (10, 20)
 
 
+@pytest.mark.parametrize(
+    "names, values, taken",
+    [
+        (["a_2018-05-06", "b_2020-07-08"], (1, 2, 3, 4, 5), {4: 2018, 5: 2020}),
+        (["a_2018-05-06", "anchor_2019-01-02", "c_2020-07-08"], (1, 2, 3, 4), {3: 2019}),
+        (["c_2020-07-08"], (7,), {7: 2020}),
+    ],
+)
+def test_the_names_of_satlas_are_those_of_the_last_pictures(tmp_path, names, values, taken):
+    """Picture and date belong together; an anchor goes before all others."""
+    write_tar(tmp_path / "a.tar", satlas(names, values))
+    sample = TarReader([tmp_path / "a.tar"]).sample(0)
+    assert taken[int(sample.pixels()[0, 0, 0])] == sample.fields["year"]
+
+
+@pytest.mark.parametrize("names, values", [((), ()), ((), (1,)), (("a_2018-05-06",) * 2, (1,))])
+def test_a_stack_without_a_picture_for_every_name_is_refused(tmp_path, names, values):
+    write_tar(tmp_path / "a.tar", satlas(names, values))
+    with pytest.raises(ImageError, match="a name for each"):
+        TarReader([tmp_path / "a.tar"]).sample(0)
+
+
 def test_pictures_with_texts_and_json_are_read(tmp_path):
     about = {"caption": "unused", "gsd": 0.3, "date": "2019-08-31"}
     members = {
@@ -48,23 +70,56 @@ def test_pictures_with_texts_and_json_are_read(tmp_path):
 
 def test_polygons_of_the_csv_file_give_fmow_its_places(tmp_path):
     write_tar(tmp_path / "a.tar", fmow(12) | fmow(13))
-    with (tmp_path / "fmow.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category", "location_id", "image_id", "polygon"])
-        writer.writerow(["airport", 12, 0, "POLYGON ((10 20, 12 20, 12 22, 10 22, 10 20))"])
+    write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
     options = {"root": str(tmp_path), "side": 4, "holdout": 0.0}
     source = open_satellite("train", places=str(tmp_path / "fmow.csv"), **options)
     expected = np.array([191 / 360, 111 / 180, 0.5 * 8 / 4, 0.2, 36 / 120, 2 / 12, 4 / 31]) * 1000
     np.testing.assert_allclose(source[0]["metadata"], expected, rtol=1e-6)
     np.testing.assert_allclose(source[1]["metadata"], expected * ([0] * 2 + [1] * 5), rtol=1e-6)
+
+
+def write_places(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category", "location_id", "image_id", "polygon"])
+        writer.writerows(rows)
+    return str(path)
+
+
+SQUARE = "POLYGON ((10 20, 12 20, 12 22, 10 22, 10 20))"
+
+
+def test_pictures_without_a_place_are_counted_and_a_strange_table_is_refused(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(13) | spacenet() | {"b.jpg": jpeg()})
+    options = {"root": str(tmp_path), "holdout": 0.0}
+    open_satellite("train", **options)
+    assert "2 of 2 fMoW pictures looked at have no longitude" in caplog.records[-1].message
+    table = write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
+    open_satellite("train", places=table, **options)
+    assert "1 of 2 fMoW pictures" in caplog.records[-1].message
+    assert "fmow.csv lacks them" in caplog.records[-1].message
+    write_places(tmp_path / "fmow.csv", ["airport", 14, 0, SQUARE])
+    with pytest.raises(ValueError, match="has none of the 2 fMoW pictures of"):
+        open_satellite("train", places=table, **options)
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="need the columns category"):
-        TarReader([tmp_path / "a.tar"], places=str(write_bad_table(tmp_path)))
+        TarReader([tmp_path / "a.tar"], places=str(tmp_path / "bad.csv"))
 
 
-def write_bad_table(folder):
-    path = folder / "bad.csv"
-    path.write_text("a,b\n1,2\n")
-    return path
+def test_both_splits_share_one_reader_until_a_file_changes(tmp_path):
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(13))
+    table = write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE])
+
+    def reader(split):
+        return open_satellite(split, root=str(tmp_path), places=table, holdout=0.5).reader
+
+    first = reader("train")
+    assert reader("val") is first
+    write_places(tmp_path / "fmow.csv", ["airport", 12, 0, SQUARE.replace("20", "30")])
+    corrected = reader("val")
+    assert corrected is not first and corrected.fingerprint != first.fingerprint
+    write_tar(tmp_path / "a.tar", fmow(12) | fmow(14))
+    assert len({reader("train").fingerprint, corrected.fingerprint, first.fingerprint}) == 3
 
 
 def test_a_tar_with_a_broken_member_is_refused_or_read_without_it(tmp_path):
@@ -78,9 +133,9 @@ def test_a_tar_with_a_broken_member_is_refused_or_read_without_it(tmp_path):
     with pytest.raises(ImageError, match="2 damaged members: .*damaged header.*1 has no picture"):
         open_satellite("train", root=str(tmp_path))
     source = open_satellite("train", root=str(tmp_path), holdout=0.0, on_corrupt="skip")
-    assert source.reader.counts == {"damaged members": 2} and len(source) == 4
+    assert len(source.reader.problems) == 2 and len(source) == 4
     assert [source[i]["caption"][-1] for i in range(4)] == ["0", "2", "4", "4"]
-    assert source.counts == {"skipped": 1}
+    assert source.counts["skipped"] == 1
 
 
 def test_a_sample_that_lacks_what_its_set_needs_is_named(tmp_path):
@@ -103,12 +158,17 @@ def test_excluded_pictures_are_not_seen(tmp_path):
         open_satellite("train", exclude=["sha256:00"], **options)
 
 
-def test_several_sets_are_interleaved(tmp_path):
+def test_several_sets_come_whole_or_at_the_ratio_of_their_weights(tmp_path):
     write_tar(tmp_path / "a/a.tar", {f"a{k}.jpg": jpeg() for k in range(4)})
     write_tar(tmp_path / "b/b.tar", {f"b{k}.jpg": jpeg() for k in range(2)})
-    source = open_satellite("train", root=f"{tmp_path}/a,{tmp_path}/b", holdout=0.0)
-    names = [source[i]["id"][0] for i in range(len(source))]
-    assert len(names) == 6 and names.count("b") == 2 and names[:3].count("b") == 1
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+
+    def names(root):
+        source = open_satellite("train", root=root, holdout=0.0)
+        return [source[i]["id"] for i in range(len(source))]
+
+    assert names(f"{a},{b}") == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    assert "".join(name[0] for name in names({a: 1, b: 2})) == "bab" * 4
 
 
 def test_tars_are_named_by_braces_folders_and_lists(tmp_path):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from data import shards
 from data.packing import pack
 from data.shards import (
     FileNote,
@@ -78,10 +83,57 @@ def test_changed_bytes_are_found_by_verification_and_never_given_out(folder):
     content[at + 3] ^= 0xFF
     path.write_bytes(content)
     assert verify(folder) == [f"{path}: another sha256 than in manifest.json"]
-    with pytest.raises(ShardError, match="example 1: damaged"):
+    with pytest.raises(ShardError, match="record 1: damaged"):
         PackedExamples(folder, "satellite")[1]
     with pytest.raises(ShardError, match="record 1"):
         read_packed(str(path), 1)
+
+
+def one_each(folder, count):
+    """A set of `count` shards of one example."""
+    notes = [
+        write_shard(folder / shard_name(k), [pack({"id": k}, {"picture": bytes([k])})])
+        for k in range(count)
+    ]
+    write_manifest(folder, Manifest("satellite", "many", "source-1", tuple(notes)))
+    return PackedExamples(folder, "satellite")
+
+
+def test_shards_are_closed_again_when_many_are_read(tmp_path, monkeypatch):
+    source = one_each(tmp_path, 12)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    shards._open_shards.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
+    for i in (*range(12), 0, 11, 5):
+        assert source[i][0] == {"id": i}
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    shards._open_shards.cache_clear()
+
+
+SCARCE = """
+import resource, sys
+from data.satellite import PreparedReader
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+reader = PreparedReader(sys.argv[1])
+assert [reader.examples[i][0]["id"] for i in range(len(reader))] == list(range(50))
+"""
+
+
+def test_more_shards_than_files_may_be_open_are_read_right(tmp_path):
+    one_each(tmp_path, 50)
+    command = [sys.executable, "-c", SCARCE, str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path):
+    """And so never skipped; when the system answers again, reading goes on."""
+    source = one_each(tmp_path, 2)
+    (tmp_path / shard_name(1)).rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(OSError, match="00001.array_record: the system cannot .*No such file"):
+            source[1]
+    (tmp_path / "away").rename(tmp_path / shard_name(1))
+    assert source[1][0] == {"id": 1}
 
 
 def test_a_wrong_count_is_found_by_verification(folder):

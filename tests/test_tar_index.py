@@ -7,8 +7,9 @@ import tarfile
 
 import pytest
 
+from data import tar_index
 from data.images import ImageError
-from data.tar_index import index_tar
+from data.tar_index import index_tar, open_samples
 
 SIZES = (700, 512, 3, 1000)
 
@@ -80,3 +81,55 @@ def test_what_is_no_plain_tar_file_is_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match="not a plain tar archive"):
             index_tar(tmp_path / name)
+
+
+def described(samples) -> list:
+    return [(samples.key(i), samples.members(i), samples.picture_part(i)) for i in range(4)]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_index_is_kept_and_believed_while_the_tar_is_unchanged(tmp_path, monkeypatch, writable):
+    """Beside the tar, or in the cache folder of the user."""
+    path, cache = tmp_path / "x" / "a.tar", tmp_path / "cache"
+    path.parent.mkdir()
+    write_tar(path)
+    monkeypatch.setattr(tar_index, "WORTH_KEEPING", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    beside = path.with_name(".a.tar.index.npz")
+    if not writable:
+        beside.mkdir()  # root may write anywhere: a folder stands where the file would be
+    first = open_samples(str(path))
+    assert beside.is_file() == writable and bool(list(cache.rglob("*.npz"))) != writable
+    read = tar_index.read_samples
+    monkeypatch.setattr(tar_index, "read_samples", lambda path: pytest.fail("all headers read"))
+    again = open_samples(str(path))
+    assert described(again) == described(first)
+    assert (again.broken, first.key(2)) == (first.broken, "set/c")
+    monkeypatch.setattr(tar_index, "read_samples", read)
+    write_tar(path, names="efgh")
+    assert open_samples(str(path)).key(2) == "set/g"
+    if writable:
+        beside.write_bytes(beside.read_bytes()[:300])
+        assert open_samples(str(path)).key(2) == "set/g"
+
+
+def test_an_index_remembers_what_is_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    offsets = write_tar(path, names=["a", "b", "c", "d"])
+    data = bytearray(path.read_bytes())
+    data[offsets[1] + 148 : offsets[1] + 156] = b"garbage!"
+    path.write_bytes(data)
+    monkeypatch.setattr(tar_index, "WORTH_KEEPING", 1)
+    (problem,) = open_samples(str(path)).broken
+    assert problem == f"{path}: damaged header at byte {offsets[1]}"
+    assert open_samples(str(path)).broken == (problem,)
+
+
+def test_a_sample_takes_little_memory(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for k in range(3000):
+            name = f"fmow-{k // 3:06d}.{('input.npy', 'output.cls', 'metadata.json')[k % 3]}"
+            archive.addfile(tarfile.TarInfo(name))
+    samples = open_samples(str(tmp_path / "a.tar"))
+    held = sum(getattr(samples, name).nbytes for name in samples.FIELDS)
+    assert len(samples) == 1000 and held < 120 * len(samples)

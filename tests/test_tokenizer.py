@@ -97,6 +97,12 @@ def test_every_text_comes_back(text):
 
 def test_half_a_surrogate_pair_does_not_stop_encoding():
     assert SMALL.decode(SMALL.encode("a\ud83d b")) == "a? b"
+    assert SMALL.encode_many(["a\ud83d b"]) == [SMALL.encode("a? b")]
+
+
+def test_many_texts_at_once_have_the_ids_of_each():
+    texts = [*TEXTS, *LAST_TEXTS, "", " <|mdm_mask|> a\n\n"]
+    assert SMALL.encode_many(texts) == [SMALL.encode(text) for text in texts]
 
 
 def test_decoding_skips_special_texts_or_keeps_them():
