@@ -77,11 +77,8 @@ def make_faulty(what: str, step: int):
 
     import orbax.checkpoint as ocp
 
-    from common_jax import checkpoint, distributed
+    from common_jax import checkpoint
     from tests.linear_task import LinearTask, Points
-
-    if what == "report":
-        distributed.SHUTDOWN_SECONDS = 3
 
     class Faulty(LinearTask):
         calls = 0
@@ -153,12 +150,15 @@ def main(port, process, count, workdir, changes, fault) -> int:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()
+    from common_jax import distributed
     from common_jax.distributed import LostHostError, join_processes, leave
     from common_jax.evaluate import evaluate_workdir
     from common_jax.train_loop import Pipeline, train
     from data.pipeline import eval_batches, train_batches
     from tests.linear_task import linear_config
 
+    if json.loads(fault)[0] == "report":
+        distributed.SHUTDOWN_SECONDS = 3
     try:
         alone = int(count) == 1
         place = (None, 1, None) if alone else (f"localhost:{port}", int(count), int(process))
