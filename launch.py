@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -332,14 +333,17 @@ def main(words: list[str]) -> int:
     except app.UsageError as error:
         print(f"launch.py: {error}\n(python launch.py --help says more)", file=sys.stderr)
         return 2
-    except (ValueError, OSError, RuntimeError, FloatingPointError, KeyError) as error:
-        if os.environ.get("EO_TRACEBACK"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        print("(set EO_TRACEBACK=1 for the full traceback)", file=sys.stderr)
-        from common_jax.distributed import leave
+    except Exception as error:
+        from common_jax.distributed import LostHostError, leave
 
-        return leave(getattr(error, "status", 1))
+        told = isinstance(error, (ValueError, OSError, RuntimeError, FloatingPointError, KeyError))
+        if not told or os.environ.get("EO_TRACEBACK"):
+            traceback.print_exc()
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print("(set EO_TRACEBACK=1 for the full traceback)", file=sys.stderr)
+        # Whatever it was: one of several processes must be gone at once, not wait for the others.
+        return leave(error.status if isinstance(error, LostHostError) else 1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ process writes and reads the parts of arrays that it holds; process 0 names a fi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from common_jax.distributed import is_any
+from common_jax.distributed import ask_first, is_any, is_lost_peer, tell_all
 from common_jax.metric_log import say
 
 SAVE_SECONDS = 1800  # for all processes to finish writing one checkpoint
+REPORT_SECONDS = 12 * 3600  # for process 0 to draw and export while the others wait
+UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 class CheckpointError(RuntimeError):
@@ -32,6 +35,7 @@ class Checkpoints:
         # Orbax wants absolute paths.
         self.folders = {name: (workdir / name).resolve() for name in ("checkpoints", "best")}
         self.started: dict[str, int] = {}
+        self.damaged: dict[str, set] = {name: set() for name in self.folders}
         self.managers = {
             name: ocp.CheckpointManager(
                 folder,
@@ -59,12 +63,13 @@ class Checkpoints:
         )
         try:
             manager = self.managers[name]
+            for damaged in self.damaged[name] & {*manager.all_steps()}:
+                manager.delete(damaged)  # else it would count as one of those that are kept
+            self.damaged[name].clear()
             if step in manager.all_steps():
                 return
             self.started[name] = step
             manager.save(step, args=args, force=True)
-        except jax.errors.JaxRuntimeError:  # another process is gone: no fault of the disk
-            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(name, step, error) from error
 
@@ -76,13 +81,16 @@ class Checkpoints:
                 check = getattr(manager, "check_for_errors", None)
                 if check:
                     check()
-            except jax.errors.JaxRuntimeError:
-                raise
             except (OSError, ValueError, RuntimeError) as error:
                 raise self._failed(name, self.started.get(name), error) from error
 
     def _failed(self, name: str, step, error: Exception) -> CheckpointError:
-        kept = self.steps(best=name == "best")
+        """What to say of the disk. Raises `error` itself where another process, or a device, is at
+        fault; tensorstore is what writes the files."""
+        is_of_peer = is_lost_peer(error) and "tensorstore" not in str(error)
+        if is_of_peer or isinstance(error, jax.errors.JaxRuntimeError):
+            raise error
+        kept = list_steps(self.folders[name])  # by itself: the others know of no failure
         return CheckpointError(
             f"writing {self.folders[name]} failed at step {step}: {error}. Complete checkpoints "
             f"kept there: {kept or 'none'}. Free disk space or choose another --workdir, then run "
@@ -98,9 +106,10 @@ class Checkpoints:
     def restore(self, like, *, best: bool = False):
         """(tree, meta) of the newest readable checkpoint, on the shardings of `like`; else None.
 
-        A damaged newest checkpoint is reported and the one before it used, by all processes also
-        when only one of them cannot read its part. Raises CheckpointError when checkpoints exist
-        and none can be read.
+        like: arrays, or abstract ones with shardings. A damaged newest checkpoint is reported and
+        the one before it used, by all processes also when only one of them cannot read its part;
+        the next save takes it away. Raises CheckpointError when checkpoints exist and none can be
+        read.
         """
         name = "best" if best else "checkpoints"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -115,11 +124,12 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
                     ),
                 )
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = str(error).splitlines()[0][:200]
+            except UNREADABLE as error:
+                problem = _first_line(error)
                 say(f"checkpoint {self.folders[name]}/{step} cannot be read ({problem})", here=True)
             if not is_any(bool(problem)):
                 return found.state, found.meta
+            self.damaged[name].add(step)
             if not problem:
                 problem = "another process cannot read its part"
                 say(f"checkpoint {self.folders[name]}/{step}: {problem}")
@@ -131,13 +141,52 @@ class Checkpoints:
             )
         return None
 
+    def restore_selected(self, like):
+        """`restore` of the best checkpoint; where it is damaged, which is said, of the newest."""
+        try:
+            return self.restore(like, best=True)
+        except CheckpointError as error:
+            say(f"{error} The newest checkpoint is scored instead")
+            return self.restore(like)
+
     def close(self) -> None:
         """Release threads and files; a write that failed is named, not raised over its cause."""
         for name, manager in self.managers.items():
             try:
                 manager.close()
             except (OSError, ValueError, RuntimeError) as error:
-                say(f"closing {self.folders[name]}: {str(error).splitlines()[0][:200]}")
+                say(f"closing {self.folders[name]}: {_first_line(error)}")
+
+
+def is_time_to_save(config, step: int, saved_at: float) -> bool:
+    """By steps, or by minutes since `saved_at` (time.monotonic()).
+
+    For minutes the clock of process 0 counts, asked at logged steps.
+    """
+    checkpoint = config.checkpoint
+    if step % checkpoint.every == 0:
+        return True
+    if not checkpoint.minutes or step % config.log.every:
+        return False
+    return ask_first(time.monotonic() - saved_at >= 60 * checkpoint.minutes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending, as this process sees them."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def wait_for_all(name: str, seconds: int = REPORT_SECONDS) -> None:
+    """Wait until every process is here; not on devices, whose collectives give up much sooner.
+
+    One that dies meanwhile ends the wait of the others.
+    """
+    everybody = {*range(jax.process_count())}
+    ocp.multihost.sync_global_processes(name, timeout=seconds, processes=everybody)
 
 
 def open_reader(folder: Path, name: str, handlers=None) -> ocp.CheckpointManager:
@@ -163,27 +212,40 @@ def read_checkpoint(workdir: Path, parts: Sequence[str]) -> tuple[dict, str]:
     """(parts of the best checkpoint or else of the newest, as host arrays; where they came from).
 
     Only `parts` of the saved tree are read, not the optimiser's. Nothing in the workdir changes, so
-    a run that is still going may be read. A damaged checkpoint is reported and an older one taken.
-    Raises CheckpointError when there is none, or none can be read.
+    a run that is still going may be read: process 0 chooses for all of them. A damaged checkpoint
+    is reported and an older one taken. Raises CheckpointError when there is none, or none can be
+    read.
     """
+    tried: list[list] = []
     problems = []
-    for name in ("best", "checkpoints"):
+    while found := tell_all(_choose(workdir, tried)):
+        (name, step), tree, problem = found, None, ""
+        tried.append(found)
         folder = (workdir / name).resolve()
-        if not folder.is_dir():
-            continue
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        manager = open_reader(folder, f"{name}-parts", handlers)
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                return _read_parts(manager, step, parts), f"{name}/{step}"
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problems.append(f"{name}/{step}: {str(error).splitlines()[0][:200]}")
-                say(f"checkpoint {folder}/{step} cannot be read ({problems[-1]})")
+        try:
+            tree = _read_parts(folder, step, parts)
+        except UNREADABLE as error:
+            problem = _first_line(error)
+            say(f"checkpoint {folder}/{step} cannot be read ({problem})", here=True)
+        if not is_any(bool(problem)):
+            return tree, f"{name}/{step}"
+        problems.append(f"{name}/{step}: {problem or 'another process cannot read its part'}")
     why = f"none can be read: {'; '.join(problems)}" if problems else "there is none yet"
     raise CheckpointError(f"no checkpoint in {workdir}: {why}. Train first: `launch.py train`")
 
 
-def _read_parts(manager, step: int, parts: Sequence[str]) -> dict:
+def _choose(workdir: Path, tried: Sequence) -> list | None:
+    """[folder, step] of the next one to try; a run that goes on may have made new ones."""
+    for name in ("best", "checkpoints"):
+        for step in reversed(list_steps(workdir / name)):
+            if [name, step] not in tried:
+                return [name, step]
+    return None
+
+
+def _read_parts(folder: Path, step: int, parts: Sequence[str]) -> dict:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    manager = open_reader(folder, f"{folder.name}-parts", handlers)
     stored = manager.item_metadata(step).state
     wanted = {part: stored[part] for part in parts}
     as_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)

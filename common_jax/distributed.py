@@ -7,12 +7,17 @@ under SLURM.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +33,20 @@ JOIN_SECONDS = 600  # machines of a slice boot, and pull images, minutes apart
 HEARTBEAT_SECONDS = 100  # a process silent for so long counts as dead: the others end
 SHUTDOWN_SECONDS = 60  # at a regular end, for processes that finish later
 LINGER_SECONDS = 2  # that process 0 outlives a failure, for the others to say theirs
+LISTED = 16  # hosts that a message names
+# Of the runtime, when a peer is gone. What a process does wrong by itself (no memory, a program
+# that cannot be compiled) has others: it would fail again.
+LOST_PEER = "UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION"
 
 
 class JoinError(RuntimeError):
     """The processes of a run did not find each other."""
+
+
+class LostHostError(RuntimeError):
+    """Another process of this run ended or failed. `status` is the exit status: run again."""
+
+    status = 69  # EX_UNAVAILABLE
 
 
 class Share(NamedTuple):
@@ -134,6 +149,25 @@ def leave(status: int) -> int:
     return status
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether another process failed; reading an array reports it as ValueError."""
+    return bool(re.match(f"({LOST_PEER}): ", str(error)))
+
+
+@contextlib.contextmanager
+def blame_lost_host(describe: Callable[[], str]) -> Iterator[None]:
+    """Errors that another process caused become LostHostError. describe: what was going on here."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not is_lost_peer(error):
+            raise
+        raise LostHostError(
+            f"a process of this run is gone, or failed, in {describe()}: "
+            f"{str(error).splitlines()[0][:300]}. Start all of them again with the same command"
+        ) from error
+
+
 # ------------------------------------------------------------------------------------- whose rows
 def batch_share(mesh: Mesh) -> Share:
     """Which part of a global batch this process holds; ValueError where the mesh forbids parts."""
@@ -174,19 +208,26 @@ def local_rows(tree):
 
 
 def gather_tree(tree):
-    """Whole arrays as numpy in every process; every process must call it.
+    """Whole arrays as numpy in process 0, None in the others; every process must call it.
 
     What lies whole on this process already is not sent. One process: the tree itself.
     """
     if jax.process_count() == 1:
         return tree
+    is_first = jax.process_index() == 0
 
     def one(array):
-        if not isinstance(array, jax.Array) or array.is_fully_replicated:
-            return np.asarray(array)
-        return multihost_utils.process_allgather(array, tiled=True)
+        if isinstance(array, jax.Array) and not array.is_fully_replicated:
+            # One at a time, so that a device never holds more than one of them whole.
+            array = jax.jit(_itself, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+        return np.asarray(array) if is_first else None
 
-    return jax.tree.map(one, tree)
+    gathered = jax.tree.map(one, tree)
+    return gathered if is_first else None
+
+
+def _itself(array):
+    return array
 
 
 # -------------------------------------------------------------------------------------- agreeing
@@ -223,14 +264,55 @@ def ask_first(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
+def tell_all(value):
+    """What process 0 says, in every process; JSON."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+
+
+def ask_first_for(work: Callable, failure: type[Exception]):
+    """What process 0 gets from `work` (JSON), in every process. Where it raises, all do.
+
+    Process 0 raises what happened, the others `failure` with the same words.
+    """
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = error
+    result, told = tell_all([result, problem and f"{type(problem).__name__}: {problem}"])
+    if told:
+        raise problem or failure(f"process 0 could not go on: {told}")
+    return result
+
+
 def check_same(what: str, number: int) -> None:
     """Refuse a run whose processes disagree about `number` (a size, the head of a hash)."""
     if jax.process_count() == 1:
         return
     found = _gather_exactly(np.int64(number)).reshape(-1).tolist()
-    if len(set(found)) > 1:
-        listed = ", ".join(f"host {i}: {value}" for i, value in enumerate(found[:16]))
+    usual, count = Counter(found).most_common(1)[0]
+    others = [f"host {i}: {value}" for i, value in enumerate(found) if value != usual]
+    if others:
+        more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
         raise ValueError(
-            f"{what} differs between the processes of this run ({listed}): all must see the same "
-            "files and get the same command"
+            f"{what} differs between the processes of this run ({', '.join(others[:LISTED])}{more};"
+            f" {count} of {len(found)} hosts: {usual}): all must see the same files and get the "
+            "same command"
         )
+
+
+def check_same_examples(name: str, source) -> None:
+    """Refuse a run whose processes have other examples: by their number, and by the fingerprint of
+    the source where it has one (which may take as long as looking at every file)."""
+    if jax.process_count() == 1:
+        return
+    check_same(f"the number of {name} examples", len(source))
+    content = str(getattr(source, "fingerprint", "")).encode()
+    head = int(hashlib.sha256(content).hexdigest()[:15], 16)
+    check_same(f"the content of the {name} examples (its fingerprint)", head)

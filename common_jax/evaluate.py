@@ -16,7 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from common_jax.checkpoint import read_checkpoint
 from common_jax.compiler import compiler_options
-from common_jax.distributed import batch_share, local_rows, sum_over_hosts
+from common_jax.distributed import (
+    batch_share,
+    blame_lost_host,
+    check_same_examples,
+    local_rows,
+    sum_over_hosts,
+)
 from common_jax.files import write_json
 from common_jax.metric_log import say
 from common_jax.report import format_table
@@ -37,10 +43,14 @@ from common_jax.workdir import check_config
 
 
 class Scorer:
-    """Runs `task.predict` over evaluation sets. `batches` is data.pipeline.eval_batches."""
+    """Runs `task.predict` over evaluation sets. `batches` is data.pipeline.eval_batches.
 
-    def __init__(self, task: Task, mesh, batches, batch_size: int):
+    at: told before every batch what comes, "evaluation", or "compiling" with the first of a phase.
+    """
+
+    def __init__(self, task: Task, mesh, batches, batch_size: int, at: Callable = lambda _: None):
         self.task, self.mesh, self.batches, self.batch_size = task, mesh, batches, batch_size
+        self.at, self.compiled = at, set()
         self.share = batch_share(mesh)
         self.predict = jax.jit(
             on_mesh(mesh, task.predict),
@@ -61,6 +71,8 @@ class Scorer:
             num_hosts=self.share.count,
         )
         for batch in loader:
+            self.at("evaluation" if phase in self.compiled else "compiling")
+            self.compiled.add(phase)
             encoded = self.task.encode(put_batch(batch, self.mesh))
             outputs, state = self.predict(params, state, encoded, phase)
             counts = evaluator.update(local_rows(outputs), batch)
@@ -84,8 +96,10 @@ def restore_trained(task: Task, workdir: str | os.PathLike, mesh) -> Trained:
 
     Raises CheckpointError when the run has no readable checkpoint.
     """
-    tree, source = read_checkpoint(Path(workdir).expanduser(), ("params", "ema", "state", "step"))
-    params = tree["ema"] if tree["ema"] and task.config.eval.params == "ema" else tree["params"]
+    config = task.config
+    scored = "ema" if config.optim.ema_decay and config.eval.params == "ema" else "params"
+    tree, source = read_checkpoint(Path(workdir).expanduser(), (scored, "state", "step"))
+    params = tree[scored]
     if task.trainable != Task.trainable:
         params = merge_trees(split_tree(task.init(task.config.seed)[0], task.trainable)[1], params)
     params = put_tree(params, tree_shardings(params, task.sharding_rules, mesh))
@@ -99,6 +113,11 @@ def evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) 
     Nothing else in the workdir changes: a run that is still going may be scored. batches:
     data.pipeline.eval_batches. Returns the exit status 0; raises WorkdirError, CheckpointError.
     """
+    with blame_lost_host(lambda: "an evaluation"):
+        return _evaluate_workdir(task, workdir, batches)
+
+
+def _evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) -> int:
     started, config = time.perf_counter(), task.config
     folder = check_config(workdir, config)
     mesh = open_mesh(config.mesh)
@@ -109,6 +128,7 @@ def evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) 
     say(f"scoring {folder}/{trained.source}")
     scorer, state, scores = Scorer(task, mesh, batches, batch_size), trained.state, {}
     for name, evaluator in task.evaluators().items():
+        check_same_examples(name, evaluator.source)
         phase = task.phase(trained.step, train=False)
         scores[name], state = scorer.score(evaluator, trained.params, state, phase)
     if not scores:
@@ -121,6 +141,15 @@ def evaluate_workdir(task: Task, workdir: str | os.PathLike, batches: Callable) 
         seconds = round(time.perf_counter() - started, 2)
         write_json(folder / "eval.json", found | about | {"seconds": seconds})
     return 0
+
+
+def is_better(value: float, best: float | None, lower: bool) -> bool:
+    """Whether a score beats the best so far; NaN never does, and never stays."""
+    if not math.isfinite(value):
+        return False
+    if best is None or not math.isfinite(best):
+        return True
+    return value < best if lower else value > best
 
 
 def format_scores(scores: dict[str, dict[str, float]], title: str) -> str:

@@ -130,8 +130,15 @@ class Task:
         """Named evaluation sets; `val` selects the best checkpoint, `test` is scored at the end."""
         return {}
 
+    def draws(self) -> bool:
+        """Whether `during` uses the parameters; else it gets None, and nothing is gathered."""
+        return bool(self.config.eval.get("samples", 1))
+
     def during(self, step: int, params: Tree, workdir: str) -> None:
-        """Called at every evaluation with the parameters under test (samples, pictures)."""
+        """Called at every evaluation with the parameters under test (samples, pictures).
+
+        Of several processes only the first one calls it.
+        """
 
     def report(self, params: Tree, state: Tree, results: dict, workdir: str) -> None:
         """Write figures and exports once, after the final evaluation (process 0 only)."""

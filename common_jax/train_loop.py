@@ -8,7 +8,6 @@ Several processes run it in step: whatever decides the way through the loop is t
 from __future__ import annotations
 
 import math
-import re
 import signal
 import sys
 import time
@@ -19,17 +18,22 @@ from typing import NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from common_jax.checkpoint import Checkpoints
+from common_jax.checkpoint import Checkpoints, is_time_to_save, list_steps, wait_for_all
 from common_jax.compiler import trim_after_compiling
-from common_jax.distributed import ask_first, batch_share, check_same, gather_tree
-from common_jax.evaluate import Scorer
+from common_jax.distributed import (
+    batch_share,
+    blame_lost_host,
+    check_same_examples,
+    gather_tree,
+)
+from common_jax.evaluate import Scorer, is_better
 from common_jax.files import write_atomic, write_json
 from common_jax.metric_log import MetricLog, Profile, Progress, find_peak, say
 from common_jax.optim import count_steps, make_optimizer, make_schedule
 from common_jax.sharding import check_batch, merge_trees, open_mesh, put_batch
 from common_jax.stalls import StallWatch
 from common_jax.task import Task
-from common_jax.train_step import TrainState, jit_step, start_state
+from common_jax.train_step import TrainState, jit_step, shapes_of, start_state
 from common_jax.workdir import DONE, enter_workdir, is_finished
 
 SHOWN_METRICS = 4  # of an evaluation on the screen; metrics.jsonl has all
@@ -38,19 +42,6 @@ PREEMPTED = 75  # exit status of a run that saved and stopped on SIGTERM (EX_TEM
 
 class LossError(FloatingPointError):
     """The loss of a step was not finite."""
-
-
-class LostHostError(RuntimeError):
-    """Another process of this run ended or failed. `status` is the exit status: run again."""
-
-    status = 69  # EX_UNAVAILABLE
-
-
-def is_from_runtime(error: Exception) -> bool:
-    """Whether a device or another process failed; reading an array reports it as ValueError."""
-    statuses = "UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED"
-    is_runtime = isinstance(error, jax.errors.JaxRuntimeError)
-    return is_runtime or bool(re.match(f"({statuses}): ", str(error)))
 
 
 class Pipeline(NamedTuple):
@@ -69,6 +60,7 @@ class Run:
         self.folder, self.lock = enter_workdir(workdir, config)
         self.mesh = open_mesh(config.mesh)
         check_batch(config.batch_size, self.mesh)
+        check_batch(config.eval.batch_size or config.batch_size, self.mesh, "eval.batch_size")
         self.share = batch_share(self.mesh)
         hosts = jax.process_index(), jax.process_count()
         self.watch = StallWatch(self.folder, *hosts, config.log.stall)
@@ -78,40 +70,50 @@ class Run:
 
     def build(self) -> None:
         """Data, parameters, optimiser, checkpoints; restores the newest checkpoint, if any."""
-        config, task = self.config, self.task
+        config, task, watch, at = self.config, self.task, self.watch, self.watch.at
+        at(0, "preparing")
         task.prepare(self.mesh, self.pipeline.eval)
         rule = config.eval.select
         self.selected = f"val/{task.selection}" if rule == "auto" else rule
+        at(0, "reading")
         self.source = task.train_source()
-        check_same("the number of training examples", len(self.source))
+        check_same_examples("training", self.source)
         sizes = {"examples": len(self.source), "batch_size": config.batch_size}
         self.total = count_steps(config.optim, **sizes)
         self.schedule = make_schedule(config.optim, **sizes)
         self.tx = make_optimizer(config.optim, self.schedule, task.lr_factors)
+        at(0, "placing")
         self.train, self.frozen = start_state(task, self.tx, config, self.mesh)
+        rows = config.eval.batch_size or config.batch_size
         self.scorer = Scorer(
-            task, self.mesh, self.pipeline.eval, config.eval.batch_size or config.batch_size
+            task, self.mesh, self.pipeline.eval, rows, lambda what: at(watch.step, what)
         )
         self.evaluators = task.evaluators()
         for name, evaluator in self.evaluators.items():
-            check_same(f"the number of {name} examples", len(evaluator.source))
+            check_same_examples(name, evaluator.source)
         checkpoint = config.checkpoint
         self.saves = Checkpoints(
             self.folder, keep=checkpoint.keep, keep_every=checkpoint.keep_every
         )
         self.saved_at = time.monotonic()
-        restored = self.saves.restore(self.train._asdict())
-        if restored:
-            tree, meta = restored
+        at(0, "restoring")
+        if self.saves.steps():
+            tree, meta = self.saves.restore(self.let_go())
             self.train = TrainState(**tree)
             self.progress = {k: meta[k] for k in self.progress}
         self.step = int(self.train.step)
+
+    def let_go(self) -> dict:
+        """Shapes and places of the training state, which is given up: two of it may not fit."""
+        like, self.train = shapes_of(self.train), None
+        return like._asdict()
 
     # -- one step ---------------------------------------------------------------------------
 
     def compile(self, batch, key, phase):
         """The program of one phase, compiled once; the seconds it took are logged."""
         if phase not in self.compiled:
+            self.watch.at(self.step, "compiling")
             start = time.perf_counter()
             trim_after_compiling()
             step = jit_step(self.task, self.tx, self.config, self.train)
@@ -124,13 +126,17 @@ class Run:
         return self.compiled[phase]
 
     def report(self, step: int, metrics) -> None:
-        """Read the scalars of a finished step; a loss that is not finite ends the run."""
+        """Read the scalars of a finished step; one that is not finite ends the run.
+
+        The gradient too: after one that is not, the parameters are lost though the loss was good.
+        """
         values = {f"train/{k}": float(v) for k, v in metrics.items()}
-        if not math.isfinite(values["train/loss"]):
+        loss, norm = values["train/loss"], values["train/grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self.saves.wait()
-            kept = self.saves.steps()
+            kept = list_steps(self.saves.folders["checkpoints"])
             raise LossError(
-                f"loss is {values['train/loss']} at step {step}; the last good checkpoint is "
+                f"loss is {loss}, gradient norm {norm} at step {step}; the last good checkpoint is "
                 f"{'step ' + str(kept[-1]) if kept else 'none yet'} in {self.folder}. Lower "
                 "optim.lr or set optim.clip, and use another --workdir for the changed config."
             )
@@ -146,15 +152,6 @@ class Run:
         self.saves.save(self.step, self.train._asdict(), self.progress, best=best)
         if not best:
             self.saved_at = time.monotonic()
-
-    def is_time_to_save(self) -> bool:
-        """By steps, or by minutes: there the clock of process 0 counts, asked at logged steps."""
-        checkpoint = self.config.checkpoint
-        if self.step % checkpoint.every == 0:
-            return True
-        if not checkpoint.minutes or self.step % self.config.log.every:
-            return False
-        return ask_first(time.monotonic() - self.saved_at >= 60 * checkpoint.minutes)
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -180,8 +177,9 @@ class Run:
         self.train = self.train._replace(state=state)
         self.log.write(self.step, found)
         if type(self.task).during is not Task.during:
-            params = gather_tree(self.params_to_score())  # process 0 draws alone
-            if self.writer:
+            self.watch.at(self.step, "drawing")
+            params = gather_tree(self.params_to_score()) if self.task.draws() else None
+            if self.writer:  # process 0 draws alone
                 self.task.during(self.step, params, str(self.folder))
         self.lap.reset(self.step)
         return found
@@ -192,19 +190,48 @@ class Run:
         if not self.selected:
             return False
         value = found[f"eval/{self.selected}"]
-        better = (
-            value < (self.progress["best"] or 0)
-            if rule.lower
-            else value > (self.progress["best"] or 0)
-        )
-        if self.progress["best"] is None or better:
+        if is_better(value, self.progress["best"], rule.lower):
             self.progress |= {"best": value, "best_step": self.step, "stale": 0}
             self.save(best=True)
         else:
             self.progress["stale"] += 1
-        return bool(rule.patience) and self.progress["stale"] >= rule.patience
+        return self.is_out_of_patience()
+
+    def is_out_of_patience(self) -> bool:
+        patience = self.config.eval.patience
+        return bool(patience) and self.progress["stale"] >= patience
 
     # -- the run ----------------------------------------------------------------------------
+
+    def go(self, started: float) -> int:
+        """From the restored checkpoint to the end, or to SIGTERM; the exit status."""
+
+        def ask_to_stop(*_):
+            self.stop = True
+
+        # Where processes are joined, JAX hears SIGTERM itself and tells the others.
+        alone, log = not jax.distributed.is_initialized(), self.config.log
+        previous = signal.signal(signal.SIGTERM, ask_to_stop) if alone else None
+        try:
+            self.build()
+            self.log = MetricLog(
+                self.folder, resume_step=self.step, is_writer=self.writer, wandb=log.wandb
+            )
+            self.lap = Progress(self.step, self.total, sum(self.task.flops().values()), find_peak())
+            self.profile = Profile(self.folder, self.config.log.profile, self.step)
+            say(f"{'continuing' if self.step else 'starting'} at step {self.step} of {self.total}")
+            if not self.loop():
+                self.saves.wait()
+                say(f"stopped by SIGTERM at step {self.step}, saved; the same command continues")
+                self.watch.at(self.step, "done")
+                return PREEMPTED
+            self.finish(started)
+            say(f"done: {self.folder}")
+            return 0
+        finally:
+            if alone:
+                signal.signal(signal.SIGTERM, previous)
+            self.close()
 
     def loop(self) -> bool:
         """Train until the last step, patience or SIGTERM; True when the run is complete."""
@@ -212,7 +239,7 @@ class Run:
         every = config.eval.every or max(1, round(len(self.source) / config.batch_size))
         if self.step == 0 and config.eval.first and self.evaluators:
             self.evaluate(self.evaluators)
-        batches = self.pipeline.train(
+        self.batches = self.pipeline.train(
             self.source,
             self.task.transforms("train"),
             batch_size=config.batch_size,
@@ -222,13 +249,14 @@ class Run:
             step=self.step,
             workers=config.data.workers,
         )
-        pending, done = None, self.step >= self.total
+        # A run that ended early may have been cut off before it was scored.
+        pending, done = None, self.step >= self.total or self.is_out_of_patience()
         while not done:
             self.watch.at(self.step, "data")
             waited = time.perf_counter()
-            batch = put_batch(next(batches), self.mesh)
+            batch = put_batch(next(self.batches), self.mesh)
             self.lap.waited += time.perf_counter() - waited
-            self.watch.at(self.step, "encoding")
+            self.watch.at(self.step, "encoding" if self.compiled else "compiling")
             batch = self.task.encode(batch)
             program = self.compile(batch, key, self.task.phase(self.step))
             self.watch.at(self.step, "step")
@@ -240,7 +268,7 @@ class Run:
             pending = (self.step, metrics)
             last = self.step >= self.total
             evaluates = "val" in self.evaluators and (self.step % every == 0 or last)
-            saves = self.is_time_to_save() or last
+            saves = is_time_to_save(config, self.step, self.saved_at) or last
             stops = self._should_stop()
             if evaluates or saves or stops:
                 self.report(*pending)  # nothing is saved or selected on an unread loss
@@ -264,30 +292,32 @@ class Run:
     def finish(self, started: float) -> dict:
         """Score the best checkpoint on every set, draw, write results.json and DONE."""
         self.saves.wait()
-        best = self.saves.restore(self.train._asdict(), best=True) if self.selected else None
         results: dict = {"step": self.step, "selected_step": self.step}
-        if best:
-            self.train = TrainState(**best[0])
-            results["selected_step"] = best[1]["step"]
+        if self.selected and self.saves.steps(best=True):
+            tree, meta = self.saves.restore_selected(self.let_go())
+            self.train = TrainState(**tree)
             # The published trainer tests a checkpoint in the phase it was chosen in.
-            self.step = best[1]["step"]
+            self.step = results["selected_step"] = meta["step"]
         if self.evaluators:
             results |= self.evaluate(self.evaluators)
         results["seconds"] = round(time.perf_counter() - started, 2)
         scored = gather_tree((self.params_to_score(), self.train.state))
+        self.watch.at(self.step, "report" if self.writer else "done")
         if self.writer:
             self.task.report(*scored, results, str(self.folder))
             write_json(self.folder / "results.json", results)
             write_atomic(self.folder / DONE, b"")
+            self.watch.at(self.step, "done")
+        wait_for_all("report")  # JAX waits a minute only, and then aborts all of them
         return results
 
     def close(self) -> None:
         """Release files and threads; a failed process among several waits for no other one."""
-        parts = ["watch", "profile", "log"]
+        parts = ["watch", "profile", "log", "batches"]  # batches: its processes would outlive us
         if jax.process_count() == 1 or sys.exc_info()[0] is None:
-            parts.append("saves")
+            parts += ["saves", "lock"]
         for part in parts:
-            if hasattr(self, part):
+            if hasattr(getattr(self, part, None), "close"):
                 getattr(self, part).close()
 
 
@@ -297,45 +327,18 @@ def train(task: Task, config, workdir: str, pipeline: Pipeline) -> int:
     Returns the exit status: 0 when complete, PREEMPTED after SIGTERM. Raises LossError on a loss
     that is not finite, CheckpointError, WorkdirError, ValueError on settings that cannot work.
     """
-    started = time.perf_counter()
-    if is_finished(workdir, config):
-        say(f"{workdir} is finished (results in results.json); nothing to do")
-        return 0
-    run = Run(task, config, workdir, pipeline)
+    run = None
 
-    def ask_to_stop(*_):
-        run.stop = True
+    def describe() -> str:
+        return f"{run.watch.doing} of step {run.watch.step}" if run else "the start"
 
-    # Where processes are joined, JAX hears SIGTERM itself and tells the others.
-    alone = not jax.distributed.is_initialized()
-    previous = signal.signal(signal.SIGTERM, ask_to_stop) if alone else None
-    try:
-        run.build()
-        run.log = MetricLog(
-            run.folder, resume_step=run.step, is_writer=run.writer, wandb=config.log.wandb
-        )
-        run.lap = Progress(run.step, run.total, sum(task.flops().values()), find_peak())
-        run.profile = Profile(run.folder, config.log.profile, run.step)
-        say(f"{'continuing at' if run.step else 'starting at'} step {run.step} of {run.total}")
-        complete = run.loop()
-        if not complete:
-            run.saves.wait()
-            say(f"stopped by SIGTERM at step {run.step}, saved; the same command continues")
-            return PREEMPTED
-        run.finish(started)
-        say(f"done: {run.folder}")
-        return 0
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() == 1 or not is_from_runtime(error):
-            raise
-        raise LostHostError(
-            f"a process of this run is gone, or failed, in {run.watch.doing} of step {run.step}: "
-            f"{str(error).splitlines()[0][:300]}. Start all of them again with the same command"
-        ) from error
-    finally:
-        if alone:
-            signal.signal(signal.SIGTERM, previous)
-        run.close()
+    with blame_lost_host(describe):
+        started = time.perf_counter()
+        if is_finished(workdir, config):
+            say(f"{workdir} is finished (results in results.json); nothing to do")
+            return 0
+        run = Run(task, config, workdir, pipeline)
+        return run.go(started)
 
 
 def train_whole(task: Task, config, workdir: str | Path, pipeline: Pipeline) -> float:

@@ -51,6 +51,13 @@ def start_state(task: Task, tx, config, mesh) -> tuple[TrainState, Any]:
     return TrainState(step, params, ema, place(state, ()), opt), frozen
 
 
+def shapes_of(train: TrainState) -> TrainState:
+    """Abstract arrays of the same shapes, types and places."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), train
+    )
+
+
 def jit_step(task: Task, tx, config, like: TrainState):
     """`make_step` as one program: (train_state, frozen, batch, key, phase), the last one static.
 

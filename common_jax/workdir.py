@@ -9,11 +9,12 @@ import os
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import jax
 
-from common_jax.distributed import check_same, is_any
+from common_jax.distributed import ask_first_for, check_same, is_any
 from common_jax.files import read_json, sha256_json, write_atomic, write_json
 from common_jax.metric_log import say
 
@@ -35,6 +36,7 @@ ADDED = {
 }
 
 DONE = "DONE"  # this file says that a run came to its end and was scored
+SHARED_SECONDS = 90  # for a new folder to be seen everywhere: NFS remembers what was not there
 
 
 class WorkdirError(RuntimeError):
@@ -149,45 +151,58 @@ def _check_same_run(folder: Path, found: dict, wanted: dict) -> None:
 def is_finished(path: str | os.PathLike, config) -> bool:
     """Whether the run there came to its end; one that is to be longer now did not.
 
-    Raises WorkdirError when the run there has another config.
+    Process 0 looks, for all of them. Raises WorkdirError when the run there has another config,
+    ValueError when the processes were given different ones.
     """
-    folder = Path(path).expanduser()
-    if not (folder / DONE).exists():
-        return False
-    found, wanted = _read_flat(folder / "config.json"), flatten_config(config)
-    if any((wanted.get(key) or 0) > (found.get(key) or 0) for key in LENGTHS):
-        return False
-    open_workdir(path, config, is_writer=False)
-    return True
+    folder, wanted = Path(path).expanduser(), flatten_config(config)
+    check_same("the config", int(sha256_json(wanted)[:12], 16))
+
+    def look() -> bool:
+        if not (folder / DONE).exists():
+            return False
+        found = _read_flat(folder / "config.json")
+        if any((wanted.get(key) or 0) > (found.get(key) or 0) for key in LENGTHS):
+            return False
+        open_workdir(path, config, is_writer=False)
+        return True
+
+    return ask_first_for(look, WorkdirError)
 
 
 def enter_workdir(path: str, config):
     """(folder, its lock) of a run about to train; process 0 holds the lock for all of them.
 
-    Raises WorkdirError, in every process alike, when another run is at work there or was started
-    there with another config, or when the processes do not see one folder; ValueError when they
-    were given different configs.
+    Raises in every process alike: WorkdirError when another run is at work there or was started
+    there with another config, or when the processes do not see one folder; OSError in process 0,
+    WorkdirError in the others, when the folder cannot be made.
     """
-    folder, lock, problem = Path(path).expanduser(), None, None
-    check_same("the config", int(sha256_json(flatten_config(config))[:12], 16))
-    writer = jax.process_index() == 0
-    try:
-        if writer:  # the lock first: a second run must not even change config.json
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_workdir(folder)
+    folder, locks = Path(path).expanduser(), []
+
+    def enter() -> None:  # the lock first: a second run must not even change config.json
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.append(lock_workdir(folder))
+        try:
             open_workdir(path, config, is_writer=True)
-    except WorkdirError as error:
-        problem = error
-    if is_any(problem is not None):
-        if lock:
-            lock.close()
-        raise problem or WorkdirError(f"process 0 could not enter {folder}; its message says why")
-    if is_any(not (folder / "config.json").is_file()):
+        except BaseException:
+            locks.pop().close()
+            raise
+
+    ask_first_for(enter, WorkdirError)
+    if is_any(not _appears(folder / "config.json", SHARED_SECONDS)):
         raise WorkdirError(
             f"workdir {folder} is not one folder for all {jax.process_count()} processes: some do "
             "not see what process 0 wrote there. Use a folder on a shared file system"
         )
-    return folder, lock
+    return folder, locks[0] if locks else None
+
+
+def _appears(file: Path, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not file.is_file():
+        if time.monotonic() > end:
+            return False
+        time.sleep(min(1.0, seconds / 4))
+    return True
 
 
 def lock_workdir(folder: Path):

@@ -68,18 +68,27 @@ def make_faulty(what: str, step: int):
     """LinearTask that does `what` while the batch of a step (from 0) is on its way.
 
     kill, term: this process gets SIGKILL or SIGTERM. sleep: 4 seconds go by. fewer: one example is
-    missing here. hurt: an exception that only this process raises. blind: the newest checkpoint
-    cannot be read here. caches, or caches that fewer see: see `make_caches`.
+    missing here, other: they have another fingerprint. hurt: an exception that only this process
+    raises. blind: the newest checkpoint cannot be read here. full: nor can the one of `step` be
+    written. report: it takes 5 seconds, more than JAX waits at the end. eval: after the run it is
+    scored, by processes of which the second cannot read its best checkpoint. caches, or caches
+    that fewer see: see `make_caches`.
     """
+    import multiprocessing
+
     import orbax.checkpoint as ocp
 
+    from common_jax import checkpoint
     from tests.linear_task import LinearTask, Points
 
     class Faulty(LinearTask):
         calls = 0
+        sharding_rules = (("linear/kernel", ("fsdp", None)),)
 
         def train_source(self):
-            return Points(self.config.data.examples - (what == "fewer"), 0)
+            points = Points(self.config.data.examples - (what == "fewer"), 0)
+            points.fingerprint += what if what == "other" else ""
+            return points
 
         def prepare(self, mesh, batches):
             if what.startswith("caches"):
@@ -94,6 +103,30 @@ def make_faulty(what: str, step: int):
                     return read(manager, at, args=args)
 
                 ocp.CheckpointManager.restore = restore
+            if what == "full":
+                write = ocp.CheckpointManager.save
+
+                def save(manager, at, **kwargs):
+                    if at >= step:
+                        while not any(p.name.isdigit() for p in manager.directory.iterdir()):
+                            time.sleep(0.01)  # until an earlier one is complete
+                        raise OSError("no space left on this disk")
+                    return write(manager, at, **kwargs)
+
+                ocp.CheckpointManager.save = save
+            if what == "eval" and step:
+                read_parts = checkpoint._read_parts
+
+                def read_some(folder, at, parts):
+                    if folder.name == "best":
+                        raise ValueError("these bytes are damaged")
+                    return read_parts(folder, at, parts)
+
+                checkpoint._read_parts = read_some
+
+        def report(self, params, state, results, workdir):
+            assert params["linear"]["kernel"].shape == (2, 3)
+            time.sleep(5 * (what == "report"))
 
         def encode(self, batch):
             if "mask" not in batch:
@@ -109,6 +142,8 @@ def make_faulty(what: str, step: int):
             if what == "sleep":
                 time.sleep(4)
             if what == "hurt":
+                workers = [worker.pid for worker in multiprocessing.active_children()]
+                print(f"workers: {workers}", file=sys.stderr)
                 raise OSError("this disk is broken")
 
     return Faulty
@@ -150,21 +185,28 @@ def main(port, process, count, workdir, changes, fault) -> int:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()
-    from common_jax.distributed import join_processes, leave
+    from common_jax import distributed
+    from common_jax.distributed import LostHostError, join_processes, leave
+    from common_jax.evaluate import evaluate_workdir
     from common_jax.train_loop import Pipeline, train
     from data.pipeline import eval_batches, train_batches
     from tests.linear_task import linear_config
 
+    if json.loads(fault)[0] == "report":
+        distributed.SHUTDOWN_SECONDS = 3
     try:
         alone = int(count) == 1
         place = (None, 1, None) if alone else (f"localhost:{port}", int(count), int(process))
         join_processes(*place)
         config = linear_config(**json.loads(changes))
         task = make_faulty(*json.loads(fault))(config)
-        return train(task, config, workdir, Pipeline(train_batches, eval_batches))
-    except (ValueError, OSError, RuntimeError) as error:  # as launch.py does
+        status = train(task, config, workdir, Pipeline(train_batches, eval_batches))
+        if json.loads(fault)[0] == "eval":
+            evaluate_workdir(task, workdir, eval_batches)
+        return status
+    except Exception as error:  # as launch.py does
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return leave(getattr(error, "status", 1))
+        return leave(error.status if isinstance(error, LostHostError) else 1)
 
 
 if __name__ == "__main__":

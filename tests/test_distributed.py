@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from common_jax import distributed
 from common_jax.distributed import (
+    JoinError,
+    LostHostError,
+    ask_first_for,
+    blame_lost_host,
+    check_same,
+    check_same_examples,
     describe_place,
     find_cluster,
     find_share,
@@ -20,11 +28,11 @@ from common_jax.distributed import (
     local_rows,
 )
 from common_jax.sharding import make_mesh, put_batch
-from common_jax.train_loop import PREEMPTED, LostHostError, Pipeline, train
+from common_jax.train_loop import PREEMPTED, Pipeline, train
 from common_jax.workdir import lock_workdir
 from data.pipeline import eval_batches, train_batches
 from tests.hosts import ROOT, find_port, read_run, run_hosts
-from tests.linear_task import LinearTask, linear_config
+from tests.linear_task import LinearTask, Points, linear_config
 
 STEPS = 18
 SETTINGS = {"optim.ema_decay": 0.9, "optim.steps": STEPS, "eval.every": 8, "checkpoint.every": 3}
@@ -138,12 +146,14 @@ def test_a_run_of_two_processes_survives_kill_and_sigterm_of_either(whole, tmp_p
 
 def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_path):
     """An error that only one raises; before it, a process that keeps the others waiting."""
-    settings = SETTINGS | {"log.stall": 1.0}
+    settings = SETTINGS | {"log.stall": 1.0, "data.workers": 1}
     ended = run_hosts(2, tmp_path, settings, {0: ("sleep", 1), 1: ("hurt", 4)})
     assert ended.statuses[1] == 1 and "OSError: this disk is broken" in ended.errors[1]
     assert ended.statuses[0] == LostHostError.status, ended.errors[0]
     assert "a process of this run is gone, or failed, in" in ended.errors[0]
     told = ended.errors[1]
+    workers = json.loads(re.search(r"workers: (.*)", told)[1])
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
     # Silent: on a busy machine its watch does not run either.
     named = r"no progress for \d+ s at step \d+: host 0/2 \(.*\) is (in encoding of|silent since)"
     assert re.search(named, told), told
@@ -151,10 +161,14 @@ def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_pa
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(whole, tmp_path):
-    """One of two cannot read the newest; then four go on where the two were stopped."""
-    assert run_hosts(2, tmp_path, SETTINGS, {0: ("term", 7)}).statuses == [PREEMPTED] * 2
+    """One of two cannot read the newest; then four go on where the two were stopped.
+
+    The two each hold half of a parameter, of its average and of its moments; the four, all of it.
+    """
+    halves = SETTINGS | {"mesh.data": 1, "mesh.fsdp": 2}
+    assert run_hosts(2, tmp_path, halves, {0: ("term", 7)}).statuses == [PREEMPTED] * 2
     steps = saved_steps(tmp_path)
-    ended = run_hosts(2, tmp_path, SETTINGS, {0: ("term", 5), 1: ("blind", 0)})
+    ended = run_hosts(2, tmp_path, halves, {0: ("term", 5), 1: ("blind", 0)})
     assert ended.statuses == [PREEMPTED] * 2, ended.errors
     assert (
         f"host 1: checkpoint {tmp_path}/checkpoints/{steps[-1]} cannot be read" in ended.errors[1]
@@ -170,7 +184,7 @@ def test_a_process_with_fewer_files_is_named_and_nothing_is_trained(tmp_path):
     assert ended.statuses == [1, 1]
     for told in ended.errors:
         assert "the number of training examples differs between the processes" in told
-        assert "host 0: 50, host 1: 49" in told
+        assert "(host 1: 49; 1 of 2 hosts: 50)" in told
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -187,13 +201,86 @@ def test_caches_are_built_together_or_refused_within_seconds(tmp_path):
     assert not list(tmp_path.glob("**/.shared-*"))
 
 
+def test_a_process_with_other_files_is_named(monkeypatch):
+    """Several processes, played by one: what they would send is given."""
+    monkeypatch.setattr(jax, "process_count", lambda: 40)
+    found = np.full(40, 7)
+    monkeypatch.setattr(distributed, "_gather_exactly", lambda number: found)
+    check_same("the number", 7)
+    found[[3, 38]] = 8, 9
+    with pytest.raises(
+        ValueError, match=r"number differs .*\(host 3: 8, host 38: 9; 38 of 40 hosts"
+    ):
+        check_same("the number", 7)
+    found[:19] = range(100, 119)
+    with pytest.raises(ValueError, match=r"host 15: 115 and 4 more; 20 of 40 hosts: 7\)"):
+        check_same("the number", 7)
+    sent = []
+    monkeypatch.setattr(distributed, "_gather_exactly", lambda n: sent.append(int(n)) or n)
+    for fingerprint in ("one", "other"):
+        points = Points(5, 0)
+        points.fingerprint = fingerprint
+        check_same_examples("training", points)
+    assert sent[0] == sent[2] == 5 and sent[1] != sent[3] and max(sent) < 2**63
+
+
+def test_what_fails_in_process_0_is_told_to_all(monkeypatch):
+    def fail():
+        raise OSError("no such disk")
+
+    told = []
+    monkeypatch.setattr(distributed, "tell_all", lambda value: told.append(value) or value)
+    with pytest.raises(OSError, match="no such disk"):
+        ask_first_for(fail, JoinError)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "tell_all", lambda value: told[0])
+    with pytest.raises(JoinError, match="process 0 could not go on: OSError: no such disk"):
+        ask_first_for(fail, JoinError)
+
+
+@pytest.mark.parametrize(
+    ("told", "lost"),
+    [
+        ("UNAVAILABLE: connection closed by peer", True),
+        ("INTERNAL: Gloo AllReduce failed", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
+        ("INVALID_ARGUMENT: shapes differ", False),
+        ("UNIMPLEMENTED: no such program", False),
+        ("NOT_FOUND: no such file", False),
+    ],
+)
+def test_what_a_process_does_wrong_by_itself_is_not_laid_on_another(monkeypatch, told, lost):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    kind = LostHostError if lost else jax.errors.JaxRuntimeError
+    with pytest.raises(kind, match=told[:8]), blame_lost_host(lambda: "step of step 3"):
+        raise jax.errors.JaxRuntimeError(told)
+
+
+def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
+    ended = run_hosts(2, tmp_path, SETTINGS, {1: ("full", 6)}, timeout=60)
+    assert ended.statuses == [LostHostError.status, 1], ended.errors
+    told = ended.errors[1]
+    assert "CheckpointError: writing" in told and "failed at step 6: no space left" in told
+    assert "Complete checkpoints kept there: [3]" in told
+
+
+def test_several_processes_score_the_checkpoint_that_all_of_them_can_read(tmp_path):
+    """Process 0 chooses; the second process cannot read the best one."""
+    settings = {"optim.ema_decay": 0.9}
+    ended = run_hosts(2, tmp_path, settings, {0: ("eval", 0), 1: ("eval", 1)})
+    assert ended.statuses == [0, 0], ended.errors
+    assert f"host 1: checkpoint {tmp_path}/best/" in ended.errors[1]
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["checkpoint"] == "checkpoints/6" and found["selected_step"] == 6
+
+
 def test_a_second_run_in_several_processes_is_refused_by_all_and_changes_nothing(tmp_path):
     held = lock_workdir(tmp_path)
     ended = run_hosts(2, tmp_path, SETTINGS)
     held.close()
     assert ended.statuses == [1, 1]
     assert "is in use by process" in ended.errors[0]
-    assert "process 0 could not enter" in ended.errors[1]
+    assert "process 0 could not go on: WorkdirError: workdir" in ended.errors[1]
     assert {p.name for p in tmp_path.iterdir()} == {".lock"}
 
 

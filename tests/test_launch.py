@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tiny_pipeline import write_pipeline
 
+import launch
+from common_jax import distributed
+from common_jax.distributed import LostHostError
 from satdifuser_jax.convert import find_components, load_unet
 from satdifuser_jax.feature_files import FeatureFolder
 
@@ -74,6 +78,25 @@ def test_a_failure_is_told_without_a_traceback_unless_asked_for(tmp_path):
     assert "Traceback" not in err and "EO_TRACEBACK=1" in err
     status, _, err = run("verify", f"--weights={tmp_path / 'nothing'}")
     assert status == 1 and "nothing: no such folder" in err
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(TypeError("odd"), 101), (ValueError("wrong"), 101), (LostHostError("gone"), 169)],
+)
+def test_whatever_fails_the_process_leaves_at_once(monkeypatch, capsys, error, status, shown):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setenv("EO_TRACEBACK", "1" if shown else "")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(launch, "choose", fail)
+    monkeypatch.setattr(distributed, "leave", lambda status: 100 + status)
+    assert launch.main([]) == status
+    told = capsys.readouterr().err
+    assert f"{type(error).__name__}: {error}" in told
+    assert ("Traceback" in told) == (shown or isinstance(error, TypeError))
 
 
 def test_a_task_that_cannot_do_what_is_asked_says_so(tmp_path):

@@ -37,28 +37,77 @@ COUNTED = """printf '%s\\n' "$@" >> $NOTES
 left=$(cat STATUSES 2>/dev/null); echo "${left#* }" > STATUSES; exit ${left%% *}"""
 
 
+POD = {"gcloud": GCLOUD, ".venv/bin/python": COUNTED, "sleep": 'echo "sleep $1" >> $NOTES'}
+ONCE = ["launch.py", "train", *WORDS]
+
+
+def start_pod(folder, **environ):
+    place = {"TPU": "slice", "ZONE": "zone", "CHECKOUT": str(folder)}
+    return start("tpu_pod.sh", folder, POD, WORDS, **place, **environ)
+
+
 def test_a_pod_starts_again_after_a_stop_but_not_after_an_error(tmp_path):
-    programs = {
-        "gcloud": GCLOUD,
-        ".venv/bin/python": COUNTED,
-        "sleep": 'echo "sleep $1" >> $NOTES',
-    }
     (tmp_path / "STATUSES").write_text("75 69 134 1 0")
+    assert start_pod(tmp_path) == (1, [*ONCE, "sleep 10"] * 3 + ONCE)
+
+
+def test_a_pod_does_not_start_again_forever(tmp_path):
+    (tmp_path / "STATUSES").write_text("69 " * 9)
+    assert start_pod(tmp_path, RESTARTS="2") == (69, [*ONCE, "sleep 10"] * 2 + ONCE)
+
+
+def test_training_on_a_pod_outlives_the_connection_and_is_followed_again(tmp_path):
+    """The first connection is cut; the second finds the run and starts no other."""
+    slow = "echo begun $# >> $NOTES; echo a line; while [ ! -e go ]; do /bin/sleep 0.1; done"
+    cut = """for word; do case $word in --command=*)
+    timeout --signal=KILL 1 bash -c "${word#*=}"; esac; done; exit 9"""
+    programs = POD | {"gcloud": cut, ".venv/bin/python": slow}
     environ = {"TPU": "slice", "ZONE": "zone", "CHECKOUT": str(tmp_path)}
-    status, notes = start("tpu_pod.sh", tmp_path, programs, WORDS, **environ)
-    once = ["launch.py", "train", *WORDS]
-    assert notes == [*once, "sleep 10"] * 3 + once
-    assert status == 1
+    assert start("tpu_pod.sh", tmp_path, programs, WORDS, **environ)[0] == 9
+    (tmp_path / "go").touch()
+    again = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "tpu_pod.sh"), *WORDS],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)} | environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "a line" in again.stdout
+    assert (tmp_path / "notes").read_text().splitlines() == ["begun 4"]
 
 
-@pytest.mark.parametrize(("ended", "requeued"), [(75, True), (69, True), (134, True), (1, False)])
-def test_a_slurm_job_queues_itself_again_after_a_stop(tmp_path, ended, requeued):
-    srun = f'printf "%s\\n" "$@" >> $NOTES; exit {ended}'
-    programs = {"srun": srun, "scontrol": 'echo "$@" >> $NOTES'}
-    status, notes = start("slurm.sh", tmp_path, programs, WORDS, SLURM_JOB_ID="7")
-    assert status == ended
-    assert notes[:4] == [".venv/bin/python", "launch.py", "train", WORDS[0]]
-    assert notes[5:] == (["requeue 7"] if requeued else [])
+# Starts a process for each of STATUSES, one after the other, and gives the highest, as srun does.
+SRUN = """most=0
+for _ in $(cat STATUSES); do "$@"; last=$?; [ $last -gt $most ] && most=$last; done; exit $most"""
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "requeued"),
+    [
+        ("0 0", 0, False),
+        ("75 75", 75, True),
+        ("69 75", 75, True),
+        ("69 134", 134, True),
+        ("1 69", 1, False),  # one failed by itself: it would again
+        ("134 1 69", 1, False),
+        ("2 69", 2, False),
+    ],
+)
+def test_a_slurm_job_queues_itself_again_unless_a_process_failed(tmp_path, ended, status, requeued):
+    programs = {"srun": SRUN, ".venv/bin/python": COUNTED, "scontrol": 'echo "$@" >> $NOTES'}
+    (tmp_path / "STATUSES").write_text(ended)
+    found, notes = start("slurm.sh", tmp_path, programs, WORDS, SLURM_JOB_ID="7")
+    assert found == status
+    assert notes[:4] == ONCE
+    assert notes[4 * len(ended.split()) :] == (["requeue 7"] if requeued else [])
+
+
+def test_sigterm_of_slurm_reaches_python_and_its_status_is_passed_on(tmp_path):
+    stops = "trap 'echo saved >> $NOTES; exit 75' TERM; kill -TERM $PPID; kill -TERM $$; exit 3"
+    programs = {"srun": '"$@"', ".venv/bin/python": stops, "scontrol": 'echo "$@" >> $NOTES'}
+    found = start("slurm.sh", tmp_path, programs, WORDS, SLURM_JOB_ID="7")
+    assert found == (75, ["saved", "requeue 7"])
 
 
 def test_a_slurm_job_does_not_queue_itself_forever(tmp_path):

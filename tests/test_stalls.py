@@ -15,9 +15,9 @@ def watch(folder, host=0, hosts=3):
     return found
 
 
-def sign(found, host, step, doing, written):
+def sign(found, host, count, step, doing, written):
     """What process `host` leaves in the workdir."""
-    about = {"step": step, "doing": doing, "since": 0.0, "pid": 70 + host}
+    about = {"step": step, "doing": doing, "count": count, "since": 0.0, "pid": 70 + host}
     text = json.dumps(about | {"name": f"node-{host}", "written": written})
     (found.folder / f"{host}.json").write_text(text)
 
@@ -25,19 +25,22 @@ def sign(found, host, step, doing, written):
 @pytest.mark.parametrize(
     ("signs", "told"),
     [
-        # (step, doing, seconds since the last sign of life) of each process
+        # (how many signs so far, step, doing, seconds since the last one was written) of each
+        (["9 7 step 1", "9 7 step 2", "7 7 data 1"], "host 2/3 (node-2, process 72) is in data of"),
+        (["9 7 step 1", "6 6 step 2", "9 7 step 1"], "host 1/3 (node-1, process 71) is in step of"),
+        (["9 7 step 1", "9 7 step 2", "9 7 step 1"], "every host waits for its devices at step 7"),
         (
-            ["7 step 1", "7 step 2", "7 data 1"],
-            "host 2/3 (node-2, process 72) is in data of",
+            ["7 7 data 1", "5 6 checkpoint 2", "9 7 step 1"],
+            "host 1/3 (node-1, process 71) is in ch",
         ),
-        (
-            ["7 step 1", "6 step 2", "7 step 1"],
-            "host 1/3 (node-1, process 71) is in step of",
-        ),
-        (["7 step 1", "7 step 2", "7 step 1"], "every host waits for its devices at step 7"),
-        (["7 data 1", "6 checkpoint 2", "7 step 1"], "host 1/3 (node-1, process 71) is in check"),
-        (["7 step 1", "7 data 2", "7 step 90"], "host 2/3 (node-2, process 72) is silent since 90"),
-        (["7 step 1", "7 step 1", ""], "no sign of life at all from host 2/3"),
+        (["9 7 step 1", "9 7 data 2", "9 7 step 90"], "host 2/3 (node-2, process 72) is silent s"),
+        (["9 7 step 1", "9 7 step 1", ""], "no sign of life at all from host 2/3"),
+        # One batch behind the others in an evaluation; two of three behind; all of them alike.
+        (["9 7 evaluation 1", "8 7 evaluation 1", "9 7 evaluation 1"], "host 1/3 (node-1, process"),
+        (["9 7 step 1", "8 7 data 1", "8 7 data 1"], "process 71), and 1 more are in data of st"),
+        (["1 0 start 1", "1 0 start 1", "1 0 start 1"], "every host is in start of step 0"),
+        # Who is done is neither waited for nor silent; at the end the step may be an older one.
+        (["9 4 report 1", "9 4 done 900", "9 4 done 900"], "host 0/3 (node-0, process 70) is in r"),
     ],
 )
 def test_the_host_that_the_others_wait_for_is_named(tmp_path, signs, told):
@@ -45,10 +48,31 @@ def test_the_host_that_the_others_wait_for_is_named(tmp_path, signs, told):
     found.step, found.since = 7, now - 300
     for host, one in enumerate(signs):
         if one:
-            step, doing, age = one.split()
-            sign(found, host, int(step), doing, now - int(age))
+            count, step, doing, age = one.split()
+            sign(found, host, int(count), int(step), doing, now - int(age))
     line = found.describe(now)
     assert line.startswith("no progress for 300 s at step 7: ") and told in line
+
+
+def test_compiling_may_take_longer_and_who_is_done_never_speaks(tmp_path, monkeypatch):
+    lines = []
+    found = StallWatch(tmp_path, 0, 1, 0.0)
+    found.folder.mkdir()
+    found.seconds, found.beat, found.tell = 300.0, 10.0, lines.append
+    now = found.since
+    monkeypatch.setattr("time.time", lambda: now)
+    for doing, after, speaks in (
+        ("data", 299, False),
+        ("data", 301, True),
+        ("compiling", 3000, False),
+        ("compiling", 3700, True),
+        ("done", 9000, False),
+    ):
+        lines.clear()
+        found.at(0, doing)
+        found.told, now = now, now + after
+        found.look()
+        assert bool(lines) == speaks, (doing, after)
 
 
 def test_without_progress_for_a_time_the_watch_speaks(tmp_path):
