@@ -54,9 +54,7 @@ ASK = flags.DEFINE_string("ask", None, "A question about every picture (GeoDiT).
 HISTORY = flags.DEFINE_bool("history", False, "Also draw the passes of the decoder (GeoDiT).")
 KIND = flags.DEFINE_string("kind", "chat", "Sets the answer window: caption, grounding, vqa, ...")
 DECODE = flags.DEFINE_list("decode", [], "Decoder, as in steps=8,cache=prefix (GeoDiT).")
-DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "Of GeoDiT's arithmetic."
-)
+DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of its answers.")
 RECORDS = flags.DEFINE_list("records", [], "Record sets, as NAME[@SPLIT][=ROOT], or a JSONL file.")
 PREDICTIONS = flags.DEFINE_string("predictions", None, "A predictions.jsonl to score.")
 PROFILE = flags.DEFINE_enum(

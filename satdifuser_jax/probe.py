@@ -317,6 +317,9 @@ class ProbeTask(Task):
     def flops(self):
         return count_training_flops(self, self.config.batch_size)
 
+    def draws(self):
+        return False
+
     def during(self, step, params, workdir):
         if jax.process_index() == 0:
             remember_labels(workdir, self.labels, self.maker.model)
