@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 
-from common_jax.plan_sizes import judge, size_rows
+from common_jax.plan_sizes import SHARE, judge, size_rows
 from common_jax.plan_text import list_changes
 from common_jax.task import Task
 from common_jax.topology import (
@@ -62,7 +62,7 @@ def _need(task: Task, machine: Machine, name: str) -> float:
         return compile_fitting(machine, mesh, task, name).total
     least = sum(size for _, size in size_rows(machine, mesh, task))
     if judge(machine, least) != "fits":
-        raise OutOfMemoryError(least, machine.limit)
+        raise OutOfMemoryError(least, SHARE * machine.limit)
     return least
 
 
@@ -89,8 +89,10 @@ def neighbours(
     while rows > 1:
         rows //= 2
         changes = both | {key: rows * ways}
-        if is_split:  # a row at a time, as the last one with the whole batch
-            changes["optim.accumulate"] = rows
+        if (
+            is_split
+        ):  # in one piece: microbatches need a second gradient, and a row at a time failed
+            changes["optim.accumulate"] = 1
         elif parts > 1 and key == "batch_size":
             changes["optim.accumulate"] = math.gcd(parts, rows)
         yield changes

@@ -20,7 +20,9 @@ def size_rows(machine: Machine, mesh, task: Task) -> list[tuple[str, int]]:
     rows.append(("gradients", gradient))
     if config.optim.accumulate > 1:
         rows.append(("gradients of a microbatch", gradient))
-    kept = kept_bytes(task, config.batch_size // config.optim.accumulate, machine.platform)
+    # Of an unknown device: attention without a kernel of its own.
+    platform = machine.platform or "tpu"
+    kept = kept_bytes(task, config.batch_size // config.optim.accumulate, platform)
     rows.append(("kept for the backward pass", kept // count_ways(mesh)))
     parts = task.sketch(mesh, config.batch_size).programs.values()
     others = [place(part.weights, part.rules, mesh) for part in parts if part.count]
@@ -57,10 +59,10 @@ def describe_sizes(machine: Machine, mesh, task: Task) -> tuple[str, str]:
             f"  JAX takes {100 * SHARE:.0f} % of the memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION "
             "says more, and workspace comes on top"
         )
-    cost = task.flops().get("train", 0.0) * task.config.batch_size
+    cost = sum(task.flops().values()) * task.config.batch_size
     if cost and machine.chip:
         seconds = cost / (machine.count * machine.chip.flops)
-        lines.append(f"  {cost:.3g} model FLOPs, at least {seconds:.3g} s")
+        lines.append(f"  {cost:.3g} model FLOPs a step, at least {seconds:.3g} s")
     return "\n".join(lines), verdict
 
 
