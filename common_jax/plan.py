@@ -54,7 +54,9 @@ def plan_run(build: Callable, config, topology: str, programs: Sequence[str] = (
             yield describe_program(machine, mesh, task, made[-1])
         except OutOfMemoryError as error:
             yield f"{name}: does not fit, it {error}"
-            yield describe_fit(name, *find_fit(build, config, machine, name))
+            can_shrink = known[name] or name == "eval"  # by settings; a run of its own has none
+            found = find_fit(build, config, machine, name) if can_shrink else ({}, None)
+            yield describe_fit(*found)
     in_step = [one for one in made if known[one.name]]
     if machine.chip and len(in_step) > 1 and len(in_step) == sum(map(bool, known.values())):
         yield describe_step(machine, mesh, in_step)
@@ -65,7 +67,7 @@ def _plan_sizes(build: Callable, config, machine, programs: Sequence[str]) -> It
     told, verdict = describe_sizes(machine, mesh, build(config))
     yield told
     if verdict in ("too close", "does not fit"):
-        yield describe_fit("train", *find_fit(build, config, machine, "train"))
+        yield describe_fit(*find_fit(build, config, machine, "train"))
     if programs:
         yield "--programs is not looked at: nothing is compiled, the training step alone is told"
 

@@ -169,12 +169,14 @@ def describe_step(machine: Machine, mesh, made: list[Compiled]) -> str:
     return f"a step: {told} = at least {1e3 * sum(times.values()):.1f} ms"
 
 
-def describe_fit(name: str, changes: dict, needed: float | None) -> str:
+def describe_fit(changes: dict, needed: float | None) -> str:
     """The nearest setting in which a program fits, and the bytes of a chip that it needs there."""
     if needed is not None:
         return f"  fits with {list_changes(changes)}: {human_bytes(needed)} a chip"
-    tried = f", not even {list_changes(changes)}" if changes else f" of {name}"
-    return f"  nothing near it fits{tried}; take more chips, or larger ones"
+    tried = f"nothing near it fits, not even {list_changes(changes)}"
+    return (
+        f"  {tried if changes else 'no setting makes it smaller'}; take more chips, or larger ones"
+    )
 
 
 def list_changes(changes: dict) -> str:

@@ -98,7 +98,7 @@ def test_the_nearest_setting_that_fits_is_found(monkeypatch):
     monkeypatch.setattr(plan_fit, "lay_out_mesh", lambda machine, mesh: None)
     changes, needed = plan_fit.find_fit(LinearTask, config_for(64), MACHINE, "train")
     assert changes["optim.accumulate"] == 4 and needed == 11
-    told = plan_text.describe_fit("train", changes, needed)
+    told = plan_text.describe_fit(changes, needed)
     assert "--config.model.remat=full" in told and "--config.optim.accumulate=4" in told
     assert plan_fit.find_fit(LinearTask, config_for(8), MACHINE, "train")[1] is None
 
@@ -138,6 +138,16 @@ def test_that_a_program_does_not_fit_is_told_before_the_search(monkeypatch):
     assert "train: does not fit, it needs 16.0 GiB of 16.0 GiB" in next(told)
     with pytest.raises(RuntimeError, match="died"):
         next(told)
+
+
+def test_no_setting_is_searched_for_a_run_of_its_own(monkeypatch):
+    monkeypatch.setattr(plan_fit, "compile_program", lambda *given: compiled(held=MACHINE.limit))
+    monkeypatch.setattr(plan, "list_programs", lambda *given: {"train": 1, "alone": 0})
+    monkeypatch.setattr(plan, "check_program", lambda *given: None)
+    monkeypatch.setattr(plan, "find_machine", lambda *given: MACHINE)
+    monkeypatch.setattr(plan, "lay_out_mesh", lambda *given: make_mesh())
+    *_, told = plan.plan_run(LinearTask, config_for(8), "v5e:2x4", ["alone"])
+    assert "no setting makes it smaller" in told
 
 
 def test_without_names_all_that_a_step_runs_is_planned(monkeypatch):
