@@ -122,6 +122,7 @@ HloModule jit_step, num_partitions=4
 
 %small (c: f32[8,32]) -> f32[8,32] {
   %c = f32[8,32] parameter(0)
+  %once = f32[8,8] dot(%c, %c), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   ROOT %negative = f32[8,32] negate(%c)
 }
 
