@@ -68,7 +68,7 @@ FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "array_record"], "Feature fi
 SWEEP = flags.DEFINE_list("sweep", [], "Linear probes of single timesteps and/or taps.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16 (TPUs), H200:8 (GPUs), or here.")
 MESH = flags.DEFINE_list("mesh", [], "Its axes, as in fsdp=64,tensor=4; 1 where not named.")
-PROGRAMS = flags.DEFINE_list("programs", ["train"], "Of it: train, eval, encode, decode, ...")
+PROGRAMS = flags.DEFINE_list("programs", [], "train, eval, encode, decode, ...; a step's if none.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What is drawn; may be given several times.")
 METADATA = flags.DEFINE_list("metadata", [], "Of it, as in gsd=1,latitude=48,date=2019-08-31.")
 SAMPLING = flags.DEFINE_list("sampling", [], "As in count=8,steps=50,guidance=7.5,seed=0,side=256.")
@@ -279,12 +279,14 @@ def verify() -> int:
 def plan() -> int:
     """List parts, parameters and memory of a run; no weights and no pictures are read.
 
-    --topology: also compile its --programs for that machine (a TPU slice needs no TPU, but the
-    extra tpu-plan; of GPUs that are not here only shapes and bytes are told): memory of a chip,
-    what is exchanged over which axis, the shortest possible time of a step, and, where it does not
-    fit, the nearest setting that does. --mesh alone: shapes and bytes on any device.
+    --topology: also compile its --programs (all that a step runs, if none are given) for that
+    machine: a TPU slice, which needs no TPU but the extra tpu-plan, --mesh=dcn=2 for two of them.
+    Of GPUs that are not here only shapes and bytes are told. Told are memory of a chip, what is
+    exchanged over which axis, the shortest possible time of a step, and, where something does not
+    fit, the nearest setting in which it does. --mesh alone: shapes and bytes on any device.
     """
-    from common_jax.plan import plan_run, plan_table, run_in_child, set_mesh
+    from common_jax.plan import plan_run, run_in_child, set_mesh
+    from common_jax.plan_text import plan_table
 
     config, topology = need(CONFIG, "plan"), TOPOLOGY.value or ""
     status = run_in_child(topology)

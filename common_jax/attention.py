@@ -5,12 +5,16 @@ B batch, N queries, M keys, H heads, D head width. Probabilities are float32 wha
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import warnings
 
 import jax
 import jax.numpy as jnp
+
+from common_jax.attention_sketch import attend_sketched
 
 IMPLEMENTATIONS = ("auto", "inference", "xla", "cudnn", "chunked", "sliced", "blocked")
 # With fewer scores per head, XLA's batched matmul is as fast on a CPU as the loop over heads; with
@@ -19,6 +23,24 @@ CHUNKED_FROM_SCORES = 256 * 256
 # Scores of one example that an accelerator holds at once: 128 MiB of float32.
 BLOCK_SCORES = 2**25
 _warned: set[str] = set()
+_planned: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
+
+
+@contextlib.contextmanager
+def planned_for(platform: str):
+    """Within, what is traced attends as it would on `platform` (cpu, gpu, tpu; "": where it is).
+
+    cuDNN's kernel then stands there by shapes alone on a machine without it.
+    """
+    token = _planned.set("gpu" if platform == "cuda" else platform)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def _platform() -> str:
+    return _planned.get() or jax.default_backend()
 
 
 def attend(
@@ -53,7 +75,10 @@ def attend(
         if _cudnn_obstacle(q):
             scores = q.shape[1] * k.shape[1] * q.shape[2]
             implementation = "blocked" if scores >= 2 * BLOCK_SCORES else "xla"
-        if q.shape[1] * k.shape[1] >= CHUNKED_FROM_SCORES:
+        is_long = q.shape[1] * k.shape[1] >= CHUNKED_FROM_SCORES
+        if is_long and _planned.get() == "cpu":
+            return on_cpu(q, k, v, lengths, causal, turns)
+        if is_long and not _planned.get():
             # Decided when lowering: a program compiled for another platform keeps its kernel.
             return jax.lax.platform_dependent(
                 cpu=lambda: on_cpu(q, k, v, lengths, causal, turns),
@@ -95,6 +120,8 @@ def _attend_even(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
 
 
 def _attend_whole(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
+    if implementation == "cudnn" and jax.default_backend() not in ("gpu", "cuda"):
+        return attend_sketched(q, k, v)  # only where it is planned for
     mask = None if turns is None else (turns[1][:, None] <= turns[0][:, :, None])[:, None]
     return jax.nn.dot_product_attention(
         q,
@@ -108,8 +135,8 @@ def _attend_whole(q, k, v, lengths, causal, turns, implementation) -> jax.Array:
 
 
 def _cudnn_obstacle(q: jax.Array) -> str:
-    if jax.default_backend() not in ("gpu", "cuda"):
-        return f"a {jax.default_backend()} device"
+    if _platform() not in ("gpu", "cuda"):
+        return f"a {_platform()} device"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype}"
     if q.shape[-1] > 128 or q.shape[-1] % 8:

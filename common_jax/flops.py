@@ -17,10 +17,11 @@ def count_flops(function: Callable, *arguments) -> float:
 
     A loop of unknown length counts once; of the branches of a condition the dearest counts.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count_traced(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(jaxpr) -> float:
+def count_traced(jaxpr) -> float:
+    """The same of an open `jax.extend.core.Jaxpr`."""
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -28,16 +29,30 @@ def _of_equation(equation) -> float:
     name, settings = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = settings["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
+        return _of_product(equation, contracted)
+    if name == "ragged_dot_general":
+        numbers = settings["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        is_summed = set(numbers.lhs_ragged_dimensions) & set(contracted)  # a result for each group
+        groups = equation.outvars[0].aval.shape[0] if is_summed else 1
+        return _of_product(equation, contracted) / groups
+    if name.startswith("dot_product_attention"):  # cuDNN: two products forward, five backward
+        query, key = (variable.aval.shape for variable in equation.invars[:2])
+        products = 5 if "bwd" in name else 2
+        return products * 2.0 * math.prod(query) * key[1]  # [B,N,H,D], [B,M,H,D]
     if name == "conv_general_dilated":
         features = settings["dimension_numbers"].rhs_spec[0]
         kernel = equation.invars[1].aval.shape
         return 2.0 * _size(equation.outvars[0]) * math.prod(kernel) / kernel[features]
     if name == "cond":
-        return max(map(_count, _inner(settings["branches"])))
+        return max(map(count_traced, _inner(settings["branches"])))
     times = settings["length"] if name == "scan" else 1
-    return times * sum(map(_count, _inner(settings.values())))
+    return times * sum(map(count_traced, _inner(settings.values())))
+
+
+def _of_product(equation, contracted) -> float:
+    left = equation.invars[0].aval.shape
+    return 2.0 * _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
 
 
 def _size(variable) -> int:

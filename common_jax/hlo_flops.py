@@ -22,6 +22,20 @@ def dot_flops(left: Sequence[int], out: Sequence[int], attributes: str) -> float
     return 2.0 * math.prod(out) * contracted
 
 
+def ragged_flops(left: Sequence[int], out: Sequence[int], attributes: str) -> float:
+    """The same where rows belong to groups, a matrix each: every row meets its own alone.
+
+    Where the rows are what is summed over, the result has a matrix for each group, in front.
+    """
+    flops = dot_flops(left, out, attributes)
+    axes = (
+        re.search(name + r"=\{([\d,]*)\}", attributes)
+        for name in ("lhs_ragged_dims", "lhs_contracting_dims")
+    )
+    ragged, contracted = (set(found[1].split(",")) if found else set() for found in axes)
+    return flops / out[0] if ragged & contracted and out else flops
+
+
 def convolution_flops(
     left: Sequence[int], right: Sequence[int], out: Sequence[int], attributes: str
 ) -> float:

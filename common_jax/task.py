@@ -47,7 +47,8 @@ class Program:
     """A compiled part of a run, by abstract arguments: function(weights, batch).
 
     weights lie where `rules` say (see `Task.sharding_rules`), rows of the batch on the axes of the
-    batch. count: how often one step runs it.
+    batch. count: how often one step runs it; 0: no step does, it is a run of its own on one device.
+    passes: how often its loop of a length that depends on data runs at most.
     """
 
     function: Callable
@@ -55,6 +56,7 @@ class Program:
     batch: Tree
     rules: Sequence[tuple[str, tuple]] = ()
     count: int = 1
+    passes: int = 1
 
 
 @dataclass(frozen=True)

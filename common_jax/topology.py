@@ -6,6 +6,7 @@ Compiling for TPUs needs `libtpu` (extra `tpu-plan`), no TPU. It may end the pro
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
@@ -13,16 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from common_jax.attention import planned_for
 from common_jax.chips import CHIPS, GIB, Chip, find_chip
-from common_jax.hlo import Collective, Cost, read_program
+from common_jax.flops import count_traced
+from common_jax.hlo import Cost, read_program
 from common_jax.optim import make_optimizer, make_schedule
 from common_jax.sharding import (
     AXES,
     BATCH_AXES,
+    check_batch,
     merge_trees,
     on_mesh,
     open_mesh,
@@ -34,6 +37,8 @@ from common_jax.task import Program, Sketch, Task
 from common_jax.train_step import TrainState, jit_step
 
 HERE = "here"
+TRAINING = ("train", "last")
+LATE = 2**31 - 2  # a step by which every phase has been left
 
 
 class OutOfMemoryError(RuntimeError):
@@ -46,12 +51,23 @@ class OutOfMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """`count` equal devices. chip: None if unknown; devices: None where nothing can be compiled."""
+    """`count` equal devices. chip: None if unknown; devices: None where nothing can be compiled.
+
+    limit: bytes that programs may hold on each; None if unknown.
+    """
 
     name: str
     chip: Chip | None
     count: int
     devices: Sequence | None = None
+    limit: float | None = None
+
+    @property
+    def platform(self) -> str:
+        """cpu, gpu or tpu; "" if unknown."""
+        if self.devices is not None:
+            return self.devices[0].platform
+        return ("tpu" if self.chip.torus else "gpu") if self.chip else ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,8 @@ class Compiled:
     """A program of one device: bytes while it runs, its cost, seconds of compilation.
 
     arguments: state, weights and batch. peak: the most that is held at once, arguments included.
-    count: how often a step runs it.
+    held: what other programs of the run keep meanwhile. count: how often a step runs it. passes:
+    see `Program`. model_flops: of all devices, nothing computed twice; 0 if not counted.
     """
 
     name: str
@@ -68,13 +85,22 @@ class Compiled:
     cost: Cost
     seconds: float
     count: int
+    held: float = 0.0
+    passes: int = 1
+    model_flops: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes in use while it runs."""
+        return self.peak + self.held
 
 
 def find_machine(topology: str, mesh) -> Machine:
     """Machine of `v5e:8x8` (a TPU slice), `H200:8` (devices of one host), `here`, or "" (any).
 
-    Without a topology, the sizes in `mesh` say how many devices there are. Raises ValueError for
-    an unknown chip or slice, RuntimeError without libtpu.
+    `mesh.dcn` slices of TPUs, each as large as `topology` says. Without a topology, the sizes in
+    `mesh` say how many devices there are. Raises ValueError for an unknown chip or slice,
+    RuntimeError without libtpu.
     """
     if not topology:
         sizes = [mesh[axis] for axis in AXES]
@@ -83,8 +109,9 @@ def find_machine(topology: str, mesh) -> Machine:
         return Machine("any device", None, math.prod(sizes))
     if topology == HERE:
         devices = jax.devices()
-        chip = find_chip(devices[0].device_kind)
-        return Machine(devices[0].device_kind, chip, len(devices), devices)
+        chip, told = find_chip(devices[0].device_kind), devices[0].memory_stats() or {}
+        limit = told.get("bytes_limit", chip and chip.hbm)
+        return Machine(devices[0].device_kind, chip, len(devices), devices, limit)
     name, _, size = topology.partition(":")
     if name not in CHIPS:
         raise ValueError(f"--topology={topology}: {name!r} is not one of {', '.join(CHIPS)}, here")
@@ -92,25 +119,44 @@ def find_machine(topology: str, mesh) -> Machine:
     if not chip.torus:
         if size and not size.isdigit():
             raise ValueError(f"--topology={topology}: use {name}:NUMBER, as in {name}:8")
-        return Machine(topology, chip, int(size or 1))
+        return Machine(topology, chip, int(size or 1), limit=chip.hbm)
     dims = size.split("x")
     if len(dims) != chip.torus or not all(dim.isdigit() for dim in dims):
         example = "x".join(["4"] * chip.torus)
         raise ValueError(f"--topology={topology}: {name} has slices such as {name}:{example}")
-    return Machine(topology, chip, math.prod(map(int, dims)), _describe_slice(topology))
+    if mesh.dcn < 1:
+        raise ValueError(f"mesh.dcn={mesh.dcn}: with a slice of TPUs give the number of slices")
+    lengths = tuple(map(int, dims))
+    devices = _describe_slice(topology, chip, lengths, mesh.dcn)
+    name = f"{mesh.dcn} x {topology}" if mesh.dcn > 1 else topology
+    return Machine(name, chip, len(devices), devices, chip.hbm)
 
 
-def _describe_slice(topology: str) -> Sequence:
+def _describe_slice(topology: str, chip: Chip, lengths: tuple, slices: int) -> Sequence:
     from jax.experimental import topologies
 
+    settings = {}
+    if chip.name == "v4":  # else every core is a device, which JAX no longer does on v4
+        settings["chip_config_name"] = "megacore"
+    if max(lengths) == 1:  # a host of one chip; by default hosts have four
+        settings["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        settings["num_slices"] = slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
     except RuntimeError as error:
         told = str(error).splitlines()[0]
         raise RuntimeError(
             f"--topology={topology}: the TPU compiler is not available ({told}). Install the extra "
             "tpu-plan (libtpu); plan one slice at a time; look whether a slice of this shape exists"
         ) from error
+    expected = slices * math.prod(lengths)
+    if len(found.devices) != expected:
+        raise RuntimeError(
+            f"--topology={topology}: the compiler knows {len(found.devices)} devices in place of "
+            f"{expected}; this version of libtpu cannot be planned with"
+        )
+    return found.devices
 
 
 def lay_out_mesh(machine: Machine, mesh):
@@ -172,40 +218,96 @@ def bytes_per_device(tree) -> int:
 
 
 # --------------------------------------------------------------------------------------- compiling
-def compile_program(task: Task, mesh, name: str) -> Compiled:
-    """One program of a run, compiled for the devices of `mesh`: `train`, `eval`, or one that the
-    task sketches beside them. Raises OutOfMemoryError, ValueError for an unknown name."""
-    sketch = task.sketch(mesh, count_rows(task.config, name))
-    known = ("train", "eval", *sketch.programs)
+def list_programs(task: Task, mesh) -> dict[str, int]:
+    """{name: how often a step runs it} of what can be compiled, in the order of a step.
+
+    `last` is the training step of the last phase where that differs from the first, `train`.
+    """
+    parts = task.sketch(mesh, task.config.batch_size).programs
+    named = {name: part.count for name, part in parts.items() if part.count}
+    named["train"] = 1
+    if task.phase(0) != task.phase(LATE):
+        named["last"] = 1
+    return named | {"eval": 0} | {name: 0 for name, part in parts.items() if not part.count}
+
+
+def check_program(task: Task, mesh, name: str) -> None:
+    """Raises ValueError for an unknown name, and where the mesh is not one to run it on."""
+    known = list_programs(task, mesh)
     if name not in known:
         raise ValueError(f"--programs: {name!r} is not one of {', '.join(known)}")
-    if name == "train":
-        lowered, count = _lower_train(task, sketch, mesh), 1
-    elif name == "eval":
-        lowered, count = _lower_eval(task, sketch, mesh), 1
-    else:
-        lowered, count = _lower(sketch.programs[name], mesh), sketch.programs[name].count
+    if name == "eval":
+        check_batch(count_rows(task.config, name), mesh, "eval.batch_size")
+    if name != "eval" and not known[name] and mesh.size > 1:
+        raise ValueError(
+            f"--programs={name}: this runs on one device, and the mesh has {mesh.size}; plan it "
+            "alone for a single chip, as in --topology=v5e:1x1"
+        )
+
+
+def compile_program(task: Task, mesh, name: str) -> Compiled:
+    """One program of a run, compiled for the devices of `mesh`: one of `list_programs`.
+
+    Raises OutOfMemoryError where the compiler refuses it, ValueError as `check_program` does.
+    """
+    check_program(task, mesh, name)
+    sketch = task.sketch(mesh, count_rows(task.config, name))
+    part = sketch.programs.get(name, Program(None, {}, sketch.batch))
+    with planned_for(mesh.devices.flat[0].platform):
+        if name in TRAINING:
+            traced = _trace_train(task, sketch, mesh, task.phase(0 if name == "train" else LATE))
+        elif name == "eval":
+            traced = _trace_eval(task, sketch, mesh)
+        else:
+            traced = _trace(part, mesh)
+        lowered = traced.lower()
     start = time.perf_counter()
     compiled = _compile(lowered)
     seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), read_program(compiled.as_text())
+    memory = compiled.memory_analysis()
+    cost, flops = _cost(compiled, traced, mesh)
     arguments = memory.argument_size_in_bytes
-    return Compiled(name, arguments, memory.peak_memory_in_bytes, cost, seconds, count)
+    weights = arguments - bytes_per_device(place_batch(part.batch, mesh))
+    held = max(resident_bytes(task, sketch, mesh, name) - weights, 0)
+    if name in TRAINING:  # its own count has what the backward pass computes again
+        flops = task.flops().get(name, 0.0) * task.config.batch_size
+    peak = memory.peak_memory_in_bytes
+    return Compiled(
+        name, arguments, peak, cost, seconds, part.count, held, part.passes, flops * part.passes
+    )
+
+
+def _cost(compiled, traced, mesh):
+    """(what the compiled text tells, operations of all devices as traced)."""
+    cost, flops = read_program(compiled.as_text(), mesh.shape["dcn"]), count_traced(traced.jaxpr)
+    if cost.library_calls:
+        cost = dataclasses.replace(cost, flops=max(cost.flops, flops / mesh.size))
+    return cost, flops
 
 
 def count_rows(config, name: str) -> int:
     """Examples in the batch of a program."""
-    return config.batch_size if name == "train" else config.eval.batch_size or config.batch_size
+    return config.eval.batch_size or config.batch_size if name == "eval" else config.batch_size
 
 
-def _lower_train(task: Task, sketch: Sketch, mesh):
+def resident_bytes(task: Task, sketch: Sketch, mesh, name: str) -> int:
+    """Bytes a device of all that stays there between the programs of a run that has `name`."""
+    parts = sketch.programs
+    if name in parts and not parts[name].count:  # a run of its own
+        return bytes_per_device(place(parts[name].weights, parts[name].rules, mesh))
+    state, frozen, _ = sketch_state(task, sketch, mesh)
+    kept = [place(part.weights, part.rules, mesh) for part in parts.values() if part.count]
+    return bytes_per_device((state, frozen, kept))
+
+
+def _trace_train(task: Task, sketch: Sketch, mesh, phase):
     state, frozen, tx = sketch_state(task, sketch, mesh)
     key = place(jax.eval_shape(lambda: jax.random.key(0)), (), mesh)
     step = jit_step(task, tx, task.config, state)
-    return step.lower(state, frozen, place_batch(sketch.batch, mesh), key, task.phase(0))
+    return step.trace(state, frozen, place_batch(sketch.batch, mesh), key, phase)
 
 
-def _lower_eval(task: Task, sketch: Sketch, mesh):
+def _trace_eval(task: Task, sketch: Sketch, mesh):
     state, frozen, _ = sketch_state(task, sketch, mesh)
     predict = jax.jit(
         on_mesh(mesh, task.predict),
@@ -213,12 +315,12 @@ def _lower_eval(task: Task, sketch: Sketch, mesh):
         out_shardings=(NamedSharding(mesh, P(BATCH_AXES)), replicated(mesh)),
     )
     params, batch = merge_trees(frozen, state.params), place_batch(sketch.batch, mesh)
-    return predict.lower(params, state.state, batch, task.phase(0, train=False))
+    return predict.trace(params, state.state, batch, task.phase(0, train=False))
 
 
-def _lower(program: Program, mesh):
-    weights = place(program.weights, program.rules, mesh)
-    return jax.jit(on_mesh(mesh, program.function)).lower(weights, place_batch(program.batch, mesh))
+def _trace(part: Program, mesh):
+    weights = place(part.weights, part.rules, mesh)
+    return jax.jit(on_mesh(mesh, part.function)).trace(weights, place_batch(part.batch, mesh))
 
 
 def _compile(lowered):
@@ -232,30 +334,3 @@ def _compile(lowered):
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
         used, limit = (float(size[:-1]) * unit[size[-1]] for size in found.groups() if size)
         raise OutOfMemoryError(used, limit) from error
-
-
-# ---------------------------------------------------------------------------------------- network
-def axes_of(collective: Collective, mesh) -> str:
-    """Mesh axes along which its devices differ, as in `data+fsdp`."""
-    places = np.array(np.unravel_index(collective.group, mesh.devices.shape))
-    varies = (places != places[:, :1]).any(axis=1)
-    return "+".join(axis for axis, moves in zip(mesh.axis_names, varies) if moves)
-
-
-def send_rate(machine: Machine, mesh, collective: Collective) -> float:
-    """Bytes a second that one device can send to the others of its group.
-
-    In a torus, a dimension that the group spans gives two links a chip where it closes to a ring
-    and one where it does not.
-    """
-    chip, group = machine.chip, mesh.devices.flatten()[list(collective.group)]
-    if not chip.torus:
-        return chip.link_bandwidth
-    everywhere = np.array([device.coords for device in mesh.devices.flat])
-    inside = np.array([device.coords for device in group])
-    links = 0
-    for axis in range(everywhere.shape[1]):
-        length, whole = (len(set(places[:, axis])) for places in (inside, everywhere))
-        if length > 1:
-            links += 2 if length == whole and length >= chip.wraps_from else 1
-    return max(links, 1) * chip.link_bandwidth

@@ -34,14 +34,19 @@ def head_flops(text: TextConfig, rows: float) -> float:
 
 
 def count_training_flops(
-    config: GeoDiTConfig, text_length: int, stage: str, blind: bool = False
+    config: GeoDiTConfig,
+    text_length: int,
+    stage: str,
+    blind: bool = False,
+    complementary: bool = False,
 ) -> float:
     """One training example of full length, forward and backward, nothing computed twice.
 
     A part that is trained costs three forward passes; one that is frozen and hands a gradient on to
     trained parts two; one that no gradient enters one. The head is counted for half of the text
     positions, the masked ones, at most. stage `adapters`: only those of the core are trained; their
-    own products are left out (a hundredth of the core's at rank 16).
+    own products are left out (a hundredth of the core's at rank 16). complementary: the core sees
+    every example twice, with a mask and with its complement, its picture once.
     """
     image = projector = 0.0
     length = text_length
@@ -50,6 +55,7 @@ def count_training_flops(
         image = max_views(config) * tower_flops(config.tower)
         projector = max_views(config) * projector_flops(config)
     text = core_flops(config.text, length) + head_flops(config.text, text_length / 2)
+    text *= 1 + complementary
     if stage == "adapters":
         return image + projector + 2 * text
     if stage == "align":

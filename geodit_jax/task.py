@@ -291,9 +291,9 @@ class GeoDiTTask(Task):
     # -- sizes and results -----------------------------------------------------------------
 
     def flops(self):
-        stage = "adapters" if self.config.lora.rank else self.config.train.stage
-        length, blind = self.config.data.text_length, self.config.data.blind
-        return {"train": count_training_flops(self.model, length, stage, blind=blind)}
+        data, train = self.config.data, self.config.train
+        given = self.model, data.text_length, "adapters" if self.config.lora.rank else train.stage
+        return {"train": count_training_flops(*given, data.blind, train.complementary)}
 
     def report(self, params, state, results, workdir):
         """The model in WORKDIR/export, in the layout of LLaDA-V, with its tokenizer."""

@@ -47,7 +47,7 @@ def sketch_pretraining(task, mesh, rows: int) -> Sketch:
     frozen, tower = _shapes(task.frozen).replace(codec_params=codec), None
     if parts.text:
         module = CLIPTextModel(parts.text, dtype=jnp.dtype(task.config.model.dtype))
-        tower = TextTower(module, text_encoder_shapes(parts.text))
+        tower = TextTower(module, _shapes(text_encoder_shapes(parts.text), module.dtype))
     batch = {"index": _array((rows,), "int32")}
     if parts.unet.num_metadata:
         batch["metadata"] = _array((rows, parts.unet.num_metadata))
@@ -135,8 +135,9 @@ def _label(task, rows: int):
     return _array((rows,), "int32")
 
 
-def _shapes(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+def _shapes(tree, dtype=None):
+    """Abstract leaves, of `dtype` where one is given."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype or x.dtype), tree)
 
 
 def _array(shape, dtype="float32") -> jax.ShapeDtypeStruct:

@@ -12,7 +12,8 @@ import torch
 from conftest import rel_error
 
 from common_jax import attention
-from common_jax.attention import attend, attend_kept
+from common_jax.attention import attend, attend_kept, planned_for
+from common_jax.layers import remat_policy
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 12, 10, 3, 8
 
@@ -209,3 +210,28 @@ def test_wrong_requests_are_refused():
         attend(q, k, v, implementation="flash")
     with pytest.raises(ValueError, match="shapes disagree"):
         attend(q, k[:, :-1], v)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_attention_that_is_planned_for_a_gpu_keeps_what_cudnn_keeps(remat):
+    """Queries, keys, values, the result and a number a query: no scores, of no platform."""
+    x = jax.ShapeDtypeStruct((2, 320, 4, 16), jnp.bfloat16)
+
+    def kept(q, k, v):
+        run = lambda q, k, v: attend(2 * q, 2 * k, 2 * v)  # noqa: E731
+        if remat != "none":
+            run = jax.checkpoint(run, policy=remat_policy(remat))
+        return [y for y in jax.tree.leaves(jax.vjp(run, q, k, v)[1]) if y.shape]
+
+    with planned_for("gpu"):
+        leaves = jax.eval_shape(kept, x, x, x)
+    statistics = jax.ShapeDtypeStruct((2, 4, 320), jnp.float32)
+    assert sorted(map(str, leaves)) == sorted(map(str, [x, x, x, x, statistics]))
+
+
+def test_attention_that_is_planned_for_a_platform_has_no_other_in_its_program():
+    x = jax.ShapeDtypeStruct((1, 320, 2, 16), jnp.float32)
+    assert "platform_index" in str(jax.make_jaxpr(attend)(x, x, x))
+    for platform in ("cpu", "gpu", "tpu"):
+        with planned_for(platform):
+            assert "platform_index" not in str(jax.make_jaxpr(lambda x: attend(x, x, x))(x))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from common_jax.attention import attend, planned_for
 from common_jax.flops import count_flops
 
 A = jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -48,3 +49,23 @@ def test_what_the_backward_pass_computes_again_is_counted():
     plain = count_flops(jax.grad(loss, argnums=(0, 1)), A, B)
     again = count_flops(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), A, B)
     assert again > plain >= 5 * PRODUCT
+
+
+def test_a_product_by_groups_counts_every_row_once():
+    def loss(x, matrices, sizes):
+        return jnp.sum(jax.lax.ragged_dot(x, matrices, sizes) ** 2)
+
+    x, matrices = jnp.ones((12, 5)), jnp.ones((3, 5, 7))
+    sizes = jnp.array([4, 4, 4])
+    one = 2 * 12 * 5 * 7
+    assert count_flops(loss, x, matrices, sizes) == one
+    assert count_flops(jax.grad(loss, argnums=(0, 1)), x, matrices, sizes) == 3 * one
+
+
+def test_the_products_of_a_fused_attention_are_counted():
+    q, k = (jax.ShapeDtypeStruct((2, n, 3, 8), jnp.bfloat16) for n in (6, 10))
+    product = 2 * (2 * 6 * 3 * 8) * 10
+    with planned_for("gpu"):
+        assert count_flops(attend, q, k, k) == 2 * product
+        total = lambda q, k: jnp.sum(attend(q, k, k).astype(jnp.float32))  # noqa: E731
+        assert count_flops(jax.grad(total), q, k) == (2 + 5) * product

@@ -27,10 +27,16 @@ def test_a_sketch_has_the_arrays_that_training_makes(config):
     assert kinds(sketch.params) == kinds(task.init(0)[0])
 
 
-def test_the_decoder_answers_whole_sequences():
+def test_answers_are_sketched_as_a_responder_computes_them():
     task = GeoDiTTask(geodit_sft.get_config("tiny"))
-    sketch = task.sketch(make_mesh(), 2)
-    decode = sketch.programs["decode"]
+    sketch = task.sketch(None, 2)
+    embed, decode = (sketch.programs[name] for name in ("embed", "decode"))
+    prefix = jax.eval_shape(embed.function, embed.weights, embed.batch)
+    assert kinds(prefix) == kinds(decode.batch["prefix"])
+    # Eight questions at once, padded to a multiple of 64; no step of training runs it.
+    assert prefix.shape[0] == 8 and prefix.shape[1] % 64 == 0
+    assert 0 <= prefix.shape[1] - sketch.batch["ids"].shape[1] < 64
     made = jax.eval_shape(decode.function, decode.weights, decode.batch)
-    assert made["ids"].shape == (2, 32)
-    assert decode.batch["prefix"].shape[:2] == sketch.batch["ids"].shape
+    assert made["ids"].shape == (8, 32)
+    assert (embed.count, decode.count, decode.passes) == (0, 0, 8)
+    assert isinstance(decode.weights["core"]["layers"], tuple)

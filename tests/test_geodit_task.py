@@ -313,6 +313,17 @@ def test_a_frozen_part_costs_less_than_a_trained_one():
     config = find_size("8b")
     both, aligned = (flops.count_training_flops(config, 100, s) for s in ("sft", "align"))
     assert 0.6 < aligned / both < 0.7
+    # With the complement of every mask the core sees twice the rows, the tower still one picture.
+    twice = flops.count_training_flops(config, 100, "sft", complementary=True)
+    views = flops.max_views(config) * (
+        flops.tower_flops(config.tower) + flops.projector_flops(config)
+    )
+    assert twice == pytest.approx(2 * both - 3 * views)
+    arg = geodit_sft.get_config("tiny").copy_and_resolve_references().unlock()
+    counted = []
+    for arg.train.complementary in (False, True):
+        counted.append(GeoDiTTask(arg).flops()["train"])
+    assert counted[1] > 1.5 * counted[0]
     # Six operations for each parameter and token, attention and the part of the head beside it.
     tokens, used = 830, count_parameters(config).used
     assert 0.85 < both / (6 * tokens * used) < 1.1

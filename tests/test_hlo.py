@@ -111,6 +111,86 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     assert (total.kind, total.group, total.bytes) == ("all-reduce", (0, 4), 4 * 16 * 32 * 4)
 
 
+EXCHANGES = """
+HloModule jit_step, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %ab = f32[] add(%a, %b)
+}
+
+%small (c: f32[8,32]) -> f32[8,32] {
+  %c = f32[8,32] parameter(0)
+  %once = f32[8,8] dot(%c, %c), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %negative = f32[8,32] negate(%c)
+}
+
+%large (d: f32[8,32]) -> f32[8,32] {
+  %d = f32[8,32] parameter(0)
+  %square = f32[8,8] dot(%d, %d), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %product = f32[8,32] dot(%square, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,32], p: pred[]) -> f32[8,32] {
+  %x = f32[8,32] parameter(0)
+  %p = pred[] parameter(1)
+  %token = token[] after-all()
+  %scattered = f32[2,32] reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%sum
+  %moved = f32[8,32] collective-permute(%x), channel_id=2, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %turned = f32[8,32] all-to-all(%x), channel_id=3, replica_groups={{0,2},{1,3}}, dimensions={0}
+  %everyone = f32[8,32] all-reduce(%x), channel_id=4, replica_groups={}, to_apply=%sum
+  %begun = (f32[8,32], f32[16,32]) all-gather-start(%x), channel_id=5, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %whole = f32[16,32] all-gather-done(%begun)
+  %sent = (f32[8,32], u32[], token[]) send(%x, %token), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent-done = token[] send-done(%sent), channel_id=6, is_host_transfer=true
+  %host = (f32[8,32], u32[], token[]) send(%x, %token), channel_id=7, is_host_transfer=true
+  ROOT %chosen = f32[8,32] conditional(%p, %x, %x), true_computation=%small, false_computation=%large
+}
+"""
+
+
+def test_every_kind_of_exchange_has_its_bytes():
+    size = 8 * 32 * 4
+    found = {made.kind: made for made in read_program(EXCHANGES, slices=2).collectives}
+    assert {kind: (made.group, made.bytes) for kind, made in found.items()} == {
+        "reduce-scatter": ((0, 1, 2, 3), size * 3 / 4),
+        "collective-permute": ((0, 1), size),
+        "all-to-all": ((0, 2), size / 2),
+        "all-reduce": ((0, 1, 2, 3), size * 2 * 3 / 4),  # no group named: all
+        "all-gather": ((0, 1), size),  # the -done is no second one
+        "between slices": ((0, 4), size),  # of two slices, half there and half back
+    }
+    assert {made.count for made in found.values()} == {1}
+    three = {made.kind: made for made in read_program(EXCHANGES, slices=3).collectives}
+    assert three["between slices"].group == (0, 4, 8)
+    assert three["between slices"].bytes == size * 4 / 3
+
+
+def test_the_start_of_an_exchange_moves_its_bytes_and_the_end_none():
+    lone = """
+HloModule jit_step, num_partitions=2
+
+ENTRY %main (x: f32[8,32]) -> f32[16,32] {
+  %x = f32[8,32] parameter(0)
+  %begun = (f32[8,32], f32[16,32]) all-gather-start(%x), channel_id=5, replica_groups={{0,1}}, dimensions={0}
+  ROOT %whole = f32[16,32] all-gather-done(%begun)
+}
+"""
+    assert read_program(lone).hbm_bytes == (8 + 16) * 32 * 4
+
+
+def test_of_the_branches_of_a_compiled_condition_the_dearest_counts():
+    assert read_program(EXCHANGES).flops == 2 * (2 * 8 * 8 * 32)
+
+
+def test_calls_of_a_library_of_products_are_told():
+    line = "  %moved = f32[8,32] collective-permute"
+    call = '  %gemm = f32[8,8] custom-call(%x, %x), custom_call_target="__cublas$gemm"\n'
+    assert read_program(EXCHANGES).library_calls == 0
+    assert read_program(EXCHANGES.replace(line, call + line)).library_calls == 1
+
+
 def test_bytes_are_those_of_slices_and_of_the_large_memory():
     layer, whole, out = 16 * 32 * 4, 64 * 32 * 2, 64 * 64 * 4
     fusion = layer + layer // 2  # of the stack, one layer is read

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common_jax.hlo_flops import convolution_flops, count_pairs, dot_flops
+from common_jax.hlo_flops import convolution_flops, count_pairs, dot_flops, ragged_flops
 
 
 def test_a_product_counts_two_operations_a_multiply_add():
@@ -36,3 +36,11 @@ def test_groups_divide_what_is_multiplied():
     assert convolution_flops((2, 5, 16), (1, 4, 8), (2, 5, 8), features) == 2 * 2 * 5 * 4 * 8
     batches = "window={size=1}, dim_labels=b0f_0io->b0f, batch_group_count=2"
     assert convolution_flops((2, 5, 16), (1, 16, 8), (1, 5, 8), batches) == 2 * 1 * 5 * 16 * 8
+
+
+def test_of_a_product_by_groups_every_row_meets_its_own_matrix():
+    forward = "lhs_contracting_dims={1}, rhs_contracting_dims={1}, lhs_ragged_dims={0}"
+    assert ragged_flops((12, 5), (12, 7), forward) == 2 * 12 * 5 * 7
+    # The gradient by the three matrices sums over rows, each of which belongs to one of them.
+    backward = "lhs_contracting_dims={0}, rhs_contracting_dims={0}, lhs_ragged_dims={0}"
+    assert ragged_flops((12, 5), (3, 5, 7), backward) == 2 * 12 * 5 * 7

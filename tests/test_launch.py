@@ -108,6 +108,9 @@ def test_a_task_that_cannot_do_what_is_asked_says_so(tmp_path):
 def test_a_plan_is_printed_without_weights():
     status, out, err = run("plan", PROBE)
     assert status == 0 and "head (gw)" in out and "total" in out, err
+    status, out, err = run("plan", PROBE, "--mesh=fsdp=2")
+    assert status == 0 and "any device: 2 chips; mesh dcn=1 data=1 fsdp=2 tensor=1" in out, err
+    assert "train (not compiled: shapes and bytes), a chip" in out
 
 
 def test_a_release_of_two_resolutions_is_converted_by_the_one_that_is_chosen(tmp_path):

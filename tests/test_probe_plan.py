@@ -4,7 +4,7 @@ import numpy as np
 from small_probe import small_config
 from tiny_pipeline import UNET, VAE, make_components, write_pipeline
 
-from common_jax.plan import count, plan_table
+from common_jax.plan_text import count, plan_table
 from data.catalog import GEOBENCH
 from satdifuser_jax.heads import init_head
 from satdifuser_jax.probe import ProbeTask

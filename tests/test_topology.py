@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 import types
 
 import jax
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 from common_jax import topology
 from common_jax.chips import CHIPS
 from common_jax.hlo import Collective
+from common_jax.network import axes_of, send_rate
 from common_jax.sharding import AXES
 from common_jax.topology import (
     Machine,
@@ -22,7 +25,6 @@ from common_jax.topology import (
     find_machine,
     lay_out_mesh,
     place,
-    send_rate,
 )
 
 
@@ -95,15 +97,36 @@ def test_the_rate_counts_the_links_that_a_group_spans():
     assert rate(range(0, 64, 4)) == 2
     assert rate(range(4)) == 1
     assert rate((0, 1)) == 1
+    # Every second chip of a column: two such groups share its links.
+    assert rate((0, 2)) == 0.5 and rate(range(0, 64, 8)) == 2 / 2
     switched = Machine("H200:8", CHIPS["H200"], 8)
     assert send_rate(switched, grid(8), Collective("all-reduce", (0, 5), 1, 1.0)) == 450e9
+
+
+def test_a_torus_of_three_dimensions_closes_only_where_all_are_multiples_of_four():
+    def rate(*lengths):
+        machine = Machine("v5p", CHIPS["v5p"], math.prod(lengths))
+        group = Collective("all-gather", tuple(range(math.prod(lengths))), 1, 1.0)
+        return send_rate(machine, grid(*lengths), group) / CHIPS["v5p"].link_bandwidth
+
+    assert (rate(4, 4, 4), rate(4, 4, 2), rate(2, 2, 1)) == (6, 3, 2)
+
+
+def test_devices_of_several_slices_have_only_the_network_of_the_data_centre():
+    mesh = grid(4, 4)
+    for number, device in enumerate(mesh.devices.flat):
+        device.slice_index = number // 8
+    machine = Machine("2 x v5e:2x4", CHIPS["v5e"], 16)
+    across = Collective("between slices", (0, 8), 1, 1.0)
+    assert send_rate(machine, mesh, across) == CHIPS["v5e"].dcn_bandwidth
+    assert send_rate(machine, mesh, Collective("all-gather", (0, 1), 1, 1.0)) == 50e9
 
 
 def test_the_axes_of_an_exchange_are_those_its_devices_differ_in():
     mesh = types.SimpleNamespace(devices=np.empty((1, 2, 2, 2)), axis_names=AXES)
 
     def axes(*group):
-        return topology.axes_of(Collective("all-reduce", group, 1, 1.0), mesh)
+        return axes_of(Collective("all-reduce", group, 1, 1.0), mesh)
 
     assert (axes(0, 1), axes(0, 2), axes(0, 4), axes(0, 3, 5)) == (
         "tensor", "fsdp", "data", "data+fsdp+tensor",
@@ -123,8 +146,100 @@ def test_the_steps_of_a_run_are_compiled_from_shapes():
     assert twice.cost.flops == 2 * (8 * 2 * 2) * 2 / mesh.size
     assert (train.count, twice.count) == (1, 3)
     assert scored.cost.flops < train.cost.flops
-    with pytest.raises(ValueError, match="'decode' is not one of train, eval, twice"):
+    # What is not its own argument stays there: the optimiser while the scores are computed.
+    resident = bytes_per_device((state, frozen)) + 2 * 2 * 4
+    assert train.held == resident - bytes_per_device(state) - 8
+    assert scored.held > bytes_per_device(state.opt) and twice.held == resident - 2 * 2 * 4
+    # Forward alone: the matrix of three columns, and two products of two rows.
+    assert (scored.model_flops, twice.model_flops) == (8 * 2 * 2 * 3, 2 * (8 * 2 * 2) * 2)
+    with pytest.raises(ValueError, match="'decode' is not one of twice, train, eval"):
         compile_program(task, mesh, "decode")
+
+
+class Phased(LinearTask):
+    """With twice the arithmetic from its fifth step on, and a run of its own on one device."""
+
+    def phase(self, step, train=True):
+        return "early" if step < 5 else "late"
+
+    def loss(self, params, state, batch, key, phase):
+        if phase == "late":
+            batch = batch | {"x": batch["x"] @ (batch["x"].T @ batch["x"])}
+        return super().loss(params, state, batch, key, phase)
+
+    def sketch(self, mesh, rows):
+        sketch = super().sketch(mesh, rows)
+        alone = dataclasses.replace(sketch.programs["twice"], count=0, passes=5)
+        return dataclasses.replace(sketch, programs={"alone": alone})
+
+
+def test_the_step_of_the_last_phase_is_planned_beside_the_first():
+    task = Phased(linear_config())
+    mesh = lay_out_mesh(find_machine("here", sizes()), sizes(data=-1))
+    assert topology.list_programs(task, mesh) == {"train": 1, "last": 1, "eval": 0, "alone": 0}
+    first, last = (compile_program(task, mesh, name) for name in ("train", "last"))
+    assert last.cost.flops > first.cost.flops
+
+
+def test_a_run_of_its_own_is_compiled_for_one_device_alone():
+    task = Phased(linear_config())
+    many = lay_out_mesh(find_machine("here", sizes()), sizes(data=-1))
+    with pytest.raises(ValueError, match="--programs=alone: this runs on one device, and the mesh"):
+        compile_program(task, many, "alone")
+    one = lay_out_mesh(Machine("one", None, 1, jax.devices()[:1]), sizes())
+    alone = compile_program(task, one, "alone")
+    assert (alone.count, alone.passes, alone.held) == (0, 5, 0)
+    assert alone.model_flops == 5 * alone.cost.flops
+
+
+def test_arithmetic_that_a_library_does_is_that_of_the_traced_program(monkeypatch):
+    read = topology.read_program
+    hidden = lambda text, slices: dataclasses.replace(  # noqa: E731
+        read(text, slices), flops=1.0, library_calls=2
+    )
+    monkeypatch.setattr(topology, "read_program", hidden)
+    mesh = lay_out_mesh(find_machine("here", sizes()), sizes(data=-1))
+    twice = compile_program(LinearTask(linear_config()), mesh, "twice")
+    assert twice.cost.flops == twice.model_flops / mesh.size > 1
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    pytest.importorskip("libtpu", reason="the extra tpu-plan is not installed")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside a plan that runs meanwhile
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+def test_a_slice_has_a_device_for_every_chip(libtpu):
+    for name, count in (("v4:2x2x2", 8), ("v5p:2x2x1", 4), ("v5e:1x1", 1), ("v6e:2x2", 4)):
+        assert find_machine(name, sizes()).count == count
+    two = find_machine("v4:2x2x1", sizes(dcn=2))
+    assert (two.name, two.count) == ("2 x v4:2x2x1", 8)
+    assert {device.slice_index for device in two.devices} == {0, 1}
+
+
+def test_a_step_is_compiled_for_a_slice_and_for_two(libtpu):
+    def plan(mesh):
+        machine = find_machine("v5e:2x2", mesh)
+        laid = lay_out_mesh(machine, mesh)
+        made = compile_program(LinearTask(linear_config()), laid, "train")
+        return machine, laid, {one.kind: one for one in made.cost.collectives}
+
+    assert set(plan(sizes(data=4))[2]) == {"all-reduce"}
+    machine, mesh, found = plan(sizes(dcn=2, data=4))
+    between = found["between slices"]
+    assert axes_of(between, mesh) == "dcn" and between.bytes > 0
+    assert send_rate(machine, mesh, between) == CHIPS["v5e"].dcn_bandwidth
+
+
+def test_a_topology_of_several_devices_a_chip_is_refused(monkeypatch):
+    from jax.experimental import topologies
+
+    found = types.SimpleNamespace(devices=[None] * 16)
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **given: found)
+    assert find_machine("v5e:4x4", sizes()).count == 16
+    with pytest.raises(RuntimeError, match="knows 16 devices in place of 8"):
+        find_machine("v4:2x2x2", sizes())
 
 
 @pytest.mark.parametrize(
