@@ -279,11 +279,10 @@ def verify() -> int:
 def plan() -> int:
     """List parts, parameters and memory of a run; no weights and no pictures are read.
 
-    --topology: also compile its --programs (all that a step runs, if none are given) for that
-    machine: a TPU slice, which needs no TPU but the extra tpu-plan, --mesh=dcn=2 for two of them.
-    Of GPUs that are not here only shapes and bytes are told. Told are memory of a chip, what is
-    exchanged over which axis, the shortest possible time of a step, and, where something does not
-    fit, the nearest setting in which it does. --mesh alone: shapes and bytes on any device.
+    --topology: also compile its --programs (what a step runs, if none are given) for that machine:
+    a TPU slice, which needs no TPU but the extra tpu-plan, --mesh=dcn=2 for two of them. Told are
+    memory of a chip, what is exchanged over which axis, the shortest time of a step, and the
+    nearest setting that fits. --mesh alone, or GPUs that are not here: shapes and bytes.
     """
     from common_jax.plan import plan_run, run_in_child, set_mesh
     from common_jax.plan_text import plan_table

@@ -43,7 +43,9 @@ def count_training_flops(task: Task, rows: int) -> dict[str, float]:
 def sketch_pretraining(task, mesh, rows: int) -> Sketch:
     """`PretrainTask.sketch`: the step, and `encode`: codec and text tower."""
     parts, data = task.parts, task.config.data
-    codec = {} if isinstance(parts.codec, SpaceToDepth) else vae_shapes(parts.codec.config)
+    codec = {}
+    if not isinstance(parts.codec, SpaceToDepth):
+        codec = _shapes(vae_shapes(parts.codec.config), parts.codec.dtype)
     frozen, tower = _shapes(task.frozen).replace(codec_params=codec), None
     if parts.text:
         module = CLIPTextModel(parts.text, dtype=jnp.dtype(task.config.model.dtype))
