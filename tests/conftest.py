@@ -39,6 +39,8 @@ LONGEST = [
     "test_heads",
     "test_unet",
     "test_train_loop",
+    "test_sharding",
+    "test_checkpoint",
     "test_sampler",
     "test_launch",
     "test_answering",

@@ -55,7 +55,7 @@ def test_the_lines_of_the_documentation_are_read(tmp_path):
     (tmp_path / "set.jsonl").write_text(lines)
     source = read_records(tmp_path / "set.jsonl")
     assert [r.task for r in source.records] == [
-        "caption", "vqa", "classification", "grounding", "detection", "chat",
+        "caption", "vqa", "classification", "grounding", "detection", "chat", "text",
     ]  # fmt: skip
     assert not source.counts
 
