@@ -138,7 +138,7 @@ def project(projector: Tree, x: jax.Array) -> jax.Array:
 
 
 def encode_images(
-    params: Tree, config: GeoDiTConfig, pixels: jax.Array, dtype=jnp.float32, remat: bool = False
+    params: Tree, config: GeoDiTConfig, pixels: jax.Array, dtype=jnp.float32, remat: str = "none"
 ) -> jax.Array:
     """uint8 [B,V,S,S,3] -> projected tokens [B,V*g*g,D] in `dtype`, view by view, row by row.
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from common_jax.attention import attend
 from common_jax.init import traced_once
-from common_jax.layers import LayerNorm, Linear
+from common_jax.layers import LayerNorm, Linear, remat_policy
 from common_jax.sharding import BATCH_AXES, constrain
 from geodit_jax.config import TowerConfig
 
@@ -91,13 +91,14 @@ def encode_views(
     pixels: jax.Array,
     *,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     attention: str = "auto",
 ) -> jax.Array:
     """Normalised pixels [N,S,S,3] -> features [N,T,W] in `dtype`, tokens row by row.
 
-    Pixels beyond the last whole patch are not seen. remat: the backward pass computes every block
-    again instead of keeping what is inside. Raises ValueError for views of another size.
+    Pixels beyond the last whole patch are not seen. remat: what the backward pass computes again of
+    every block, `none`, `dots` (all but matmuls) or `full`. Raises ValueError for views of another
+    size.
     """
     side = config.image_size
     if pixels.shape[1:] != (side, side, 3):
@@ -108,7 +109,10 @@ def encode_views(
     def apply(x, layer):
         return block.apply({"params": layer}, x), None
 
-    return jax.lax.scan(jax.checkpoint(apply) if remat else apply, x, tower["layers"])[0]
+    policy = remat_policy(remat)
+    if remat != "none":
+        apply = jax.checkpoint(apply, policy=policy)
+    return jax.lax.scan(apply, x, tower["layers"])[0]
 
 
 def _embed_patches(embeddings: Tree, config: TowerConfig, pixels: jax.Array) -> jax.Array:

@@ -226,7 +226,7 @@ class GeoDiTTask(Task):
         """Projected tokens [B,R,D] of the pictures; None without pictures."""
         if "pixels" not in batch:
             return None
-        remat = self.config.model.remat != "none"
+        remat = self.config.model.remat
         return encode_images(params, self.model, batch["pixels"], self.dtype, remat=remat)
 
     def _score(self, params, batch, images, masks: Masks) -> Loss:
