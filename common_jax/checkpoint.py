@@ -84,6 +84,12 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError) as error:
                 raise self._failed(name, self.started.get(name), error) from error
 
+    def settle(self) -> None:
+        """`wait` until every process is done: process 0 tidies up for longer than the others, and
+        JAX aborts all of them when one waits a minute at the end for another."""
+        self.wait()
+        wait_for_all("saved", SAVE_SECONDS)
+
     def _failed(self, name: str, step, error: Exception) -> CheckpointError:
         """What to say of the disk. Raises `error` itself where another process, or a device, is at
         fault; tensorstore is what writes the files."""

@@ -221,7 +221,7 @@ class Run:
             self.profile = Profile(self.folder, self.config.log.profile, self.step)
             say(f"{'continuing' if self.step else 'starting'} at step {self.step} of {self.total}")
             if not self.loop():
-                self.saves.wait()
+                self.saves.settle()
                 say(f"stopped by SIGTERM at step {self.step}, saved; the same command continues")
                 self.watch.at(self.step, "done")
                 return PREEMPTED
