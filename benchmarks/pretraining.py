@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,13 +64,14 @@ CLASSES = {
     "storagetanks": "storage tanks",
     "tenniscourt": "a tennis court",
 }
+PLACES = re.compile(r"\b(left|right|top|bottom|upper|lower)\b")
 NETWORK = {
     "model.channels": (64, 96, 128),
     "model.heads": (2, 3, 4),
     "model.layers_per_block": 1,
     "optim.warmup_epochs": 2.0,
     "model.patch": 2,
-    "data.smallest_crop": 224,
+    "data.flips": True,  # no caption names a place, see caption_pictures
     "eval.every": 500,
     "eval.guidance": 2.0,
     "checkpoint.every": 100,
@@ -80,7 +82,10 @@ NETWORK = {
 
 # ------------------------------------------------------------------------------------ the pictures
 def caption_pictures(root: Path) -> dict[str, list[tuple[str, str]]]:
-    """{split: [(path, caption)]} of UC Merced: the class, and the first written sentence if any."""
+    """{split: [(path, caption)]} of UC Merced: the class, and the first written sentence if any.
+
+    Sentences that name a place in the picture are left out: a turned picture would make them false.
+    """
     with (root / "ucm_captions" / "captions.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
     written = {Path(row["image"]).name: row["captions"][0] for row in rows}
@@ -90,7 +95,8 @@ def caption_pictures(root: Path) -> dict[str, list[tuple[str, str]]]:
             continue
         path, kind = root / name, Path(name).parent.name
         texts = [f"a satellite image of {CLASSES.get(kind, f'a {kind}')}"]
-        texts += [written[path.name]] if path.name in written else []
+        more = written.get(path.name, "")
+        texts += [more] if more and not PLACES.search(more) else []
         found[split] += [(str(path.absolute()), text) for text in texts]
     return found
 

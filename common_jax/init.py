@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from common_jax.sharding import put_tree
+
 Rule = tuple[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]]
 
 
@@ -29,16 +31,20 @@ def traced_once(shapes: Callable[..., dict]) -> Callable[..., dict]:
     return copied
 
 
-def host_init(shapes: Mapping, seed: int, rules: Sequence[Rule] = ()) -> dict:
+def host_init(
+    shapes: Mapping, seed: int, rules: Sequence[Rule] = (), shardings: Mapping | None = None
+) -> dict:
     """Numpy parameters for a tree of `jax.ShapeDtypeStruct` (nested dicts).
 
     `rules` are (regex searched in "a/b/kernel", fn(rng, shape) -> array); the first match wins.
     Without one the leaf name decides: `kernel` is uniform within 1/sqrt(fan_in), a `bias` beside
     a kernel likewise, a `bias` beside a `scale` is 0, `scale` is 1, `embedding` is normal with
     standard deviation 0.02 (the initial values of torch's layers, and of CLIP's embeddings).
-    Raises ValueError for a leaf that neither a rule nor the defaults know.
+    With `shardings`, of the same tree, a leaf is placed before the next one is made: the host never
+    holds the whole. Raises ValueError for a leaf that neither a rule nor the defaults know.
     """
-    return _fill(shapes, (), seed, [(re.compile(pattern), make) for pattern, make in rules])
+    made = [(re.compile(pattern), make) for pattern, make in rules]
+    return _fill(shapes, (), seed, made, shardings)
 
 
 def leaf_rng(seed: int, path: str, shape: tuple[int, ...]) -> np.random.Generator:
@@ -47,14 +53,16 @@ def leaf_rng(seed: int, path: str, shape: tuple[int, ...]) -> np.random.Generato
     return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
-def _fill(node: Mapping, prefix: tuple[str, ...], seed: int, rules: list) -> dict:
+def _fill(node: Mapping, prefix: tuple[str, ...], seed: int, rules: list, shardings) -> dict:
     filled = {}
     for name, child in node.items():
+        where = shardings and shardings[name]
         if isinstance(child, Mapping):
-            filled[name] = _fill(child, (*prefix, name), seed, rules)
+            filled[name] = _fill(child, (*prefix, name), seed, rules, where)
         else:
             path = "/".join((*prefix, name))
-            filled[name] = _make_leaf(path, child, node, leaf_rng(seed, path, child.shape), rules)
+            value = _make_leaf(path, child, node, leaf_rng(seed, path, child.shape), rules)
+            filled[name] = put_tree(value, where) if where else value
     return filled
 
 

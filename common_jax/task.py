@@ -120,7 +120,7 @@ class Task:
     def loss(self, params: Tree, state: Tree, batch: Batch, key, phase: Hashable):
         """-> (loss_sum, weight_sum, state, metrics): sums over rows, so that splitting is exact.
 
-        metrics: {name: scalar} of means, logged as train/<name>.
+        metrics: {name: (sum, weight)}; the quotient is logged as train/<name>.
         """
         raise TypeError(f"{type(self).__name__} does not define loss")
 

@@ -119,7 +119,7 @@ def make_step(task: Task, tx, config, where=None):
 
         start = (state, jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         (state, loss, weight, grads), metrics = jax.lax.scan(one, start, split)
-        return loss, (weight, state, jax.tree.map(jnp.mean, metrics)), grads
+        return loss, (weight, state, jax.tree.map(lambda x: jnp.sum(x, 0), metrics)), grads
 
     def step(train: TrainState, frozen, batch, key, phase):
         loss, (weight, state, metrics), grads = accumulated(
@@ -132,7 +132,8 @@ def make_step(task: Task, tx, config, where=None):
         ema = train.ema
         if config.optim.ema_decay:
             ema = update_ema(ema, params, train.step, config.optim.ema_decay)
-        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), **metrics}
+        means = {name: total / jnp.maximum(n, 1e-9) for name, (total, n) in metrics.items()}
+        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), **means}
         return TrainState(train.step + 1, params, ema, state, opt), metrics
 
     return step

@@ -90,8 +90,8 @@ def count_parameters(config: GeoDiTConfig) -> Counts:
     )
 
 
-def init_model(config: GeoDiTConfig, seed: int) -> dict:
-    """Random parameters (numpy) for training from scratch.
+def init_model(config: GeoDiTConfig, seed: int, shardings: dict | None = None) -> dict:
+    """Random parameters (numpy, or placed by `shardings` one at a time) for training from scratch.
 
     Kernels are normal with standard deviation 1/sqrt(fan_in), cut at three; those that write to the
     residual stream of layer l are divided by sqrt(2 (l+1)), so that the stream grows slowly with
@@ -103,7 +103,7 @@ def init_model(config: GeoDiTConfig, seed: int) -> dict:
         (r"embedding$", lambda rng, shape: _draw(rng, shape, shape[-1])),
         (r"bias$", lambda rng, shape: np.zeros(shape, np.float32)),
     ]
-    return host_init(model_shapes(config), seed, rules)
+    return host_init(model_shapes(config), seed, rules, shardings)
 
 
 def _draw(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> np.ndarray:

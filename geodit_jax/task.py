@@ -81,9 +81,9 @@ class GeoDiTTask(Task):
     def init(self, seed):
         """Trained parameters are float32; frozen ones have the type that the model computes in."""
         model = self.config.model
+        shapes = model_shapes(self.found if model.weights else self.model)
+        where = self.mesh and tree_shardings(shapes, self.sharding_rules, self.mesh)
         if model.weights:
-            shapes = model_shapes(self.found)
-            where = self.mesh and tree_shardings(shapes, self.sharding_rules, self.mesh)
             params, *_ = load_model(
                 model.weights,
                 tower_folder=model.tower_weights or None,
@@ -92,7 +92,7 @@ class GeoDiTTask(Task):
                 seed=seed,
             )
         else:
-            params = init_model(self.model, seed)
+            params = init_model(self.model, seed, where)
         return self._arrange({name: params[name] for name in model_shapes(self.model)}, seed), {}
 
     def _arrange(self, params, seed):
@@ -214,11 +214,11 @@ class GeoDiTTask(Task):
             masks = Masks(*map(_side_by_side, masks, other))
             batch, images = jax.tree.map(lambda x: _side_by_side(x, x), (dict(batch), images))
         found = self._score(params, batch, images, masks)
-        masked = jnp.maximum(masks.where.sum(), 1)
+        masked = masks.where.sum()
         metrics = {
-            "nll": found.nll.sum() / masked,
-            "accuracy": found.hits.sum() / masked,
-            "cut": jnp.mean(batch["cut"].astype(jnp.float32)),
+            "nll": (found.nll.sum(), masked),
+            "accuracy": (found.hits.sum(), masked),
+            "cut": (batch["cut"].sum(), batch["cut"].size),
         }
         return found.total * rows / len(masks.p), jnp.float32(rows), state, metrics
 

@@ -208,7 +208,8 @@ class PretrainTask(Task):
         if model.min_snr_gamma:
             weights = schedule.min_snr_weight(t, model.min_snr_gamma, model.min_snr_mode)
         loss = jnp.sum(weights * errors)
-        return loss, jnp.float32(len(errors)), state, {"mse": jnp.mean(errors)}
+        rows = jnp.float32(len(errors))
+        return loss, rows, state, {"mse": (errors.sum(), rows)}
 
     def predict(self, params, state, batch, phase):
         """Unweighted error [B, len(EVAL_TIMES)] with noise fixed by the image's place."""

@@ -198,7 +198,8 @@ def test_a_row_counts_the_same_in_any_place_of_any_batch(program, params, batch)
         for i in range(4)
     ]
     np.testing.assert_allclose(float(sum(single)), float(whole), rtol=1e-5)
-    assert float(weight) == 4 and 0 <= float(metrics["accuracy"]) <= 1
+    hits, masked = metrics["accuracy"]
+    assert float(weight) == 4 and 0 <= int(hits) <= int(masked) == int(metrics["nll"][1])
 
 
 def test_a_mesh_of_two_devices_gives_the_loss_of_one(program, params, batch):
@@ -237,7 +238,10 @@ def test_complementary_copies_supervise_every_target_once(constant, batch):
     vocab = made.model.text.vocab_rows
     np.testing.assert_allclose(float(loss), 4 * np.log(vocab) / 2, rtol=1e-5)
     assert float(weight) == 4
-    np.testing.assert_allclose(float(metrics["nll"]), np.log(vocab), rtol=1e-5)
+    targets = int((batch["labels"] != IGNORED).sum())
+    nll, masked = metrics["nll"]
+    assert int(masked) == targets
+    np.testing.assert_allclose(float(nll), targets * np.log(vocab), rtol=1e-5)
 
 
 def test_validation_of_a_model_that_knows_nothing_is_log_v_and_fill_rows_do_not_count(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common_jax.init import host_init, traced_once
+from common_jax.sharding import make_mesh, tree_shardings
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -53,6 +54,17 @@ def test_rules_come_first_and_keep_shape_and_dtype():
     assert params["conv"]["kernel"].dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"rule 'scale' made shape \(2,\) for norm/scale"):
         host_init(SHAPES, 0, [("scale", lambda rng, shape: np.ones(2))])
+
+
+def test_placed_leaves_have_the_values_of_those_on_the_host():
+    mesh = make_mesh(data=1, fsdp=2)
+    where = tree_shardings(SHAPES, [("embedding$", ("fsdp", None))], mesh)
+    rules = [("embedding$", lambda rng, shape: rng.random(shape, np.float32))]
+    placed = host_init(SHAPES, 1, rules, where)
+    expected = host_init(SHAPES, 1, rules)
+    jax.tree.map(np.testing.assert_array_equal, placed, expected)
+    table = placed["table"]["embedding"]
+    assert {shard.data.shape for shard in table.addressable_shards} == {(250, 40)}
 
 
 def test_an_unknown_leaf_needs_a_rule():

@@ -29,9 +29,9 @@ def run(workdir, task=LinearTask, **changes):
     return train(task(config), config, str(workdir), PIPELINE)
 
 
-def losses(workdir) -> dict[int, float]:
+def losses(workdir, name="train/loss") -> dict[int, float]:
     lines = [json.loads(x) for x in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
+    return {x["step"]: x[name] for x in lines if name in x}
 
 
 def final_params(workdir):
@@ -207,13 +207,16 @@ def test_microbatches_equal_one_batch(tmp_path):
             # Unequal weights: a mean of microbatch means would differ from the mean over rows.
             rows = 1.0 + batch["label"].astype(np.float32)
             picked = jax.numpy.take_along_axis(logp, batch["label"][:, None], 1)[:, 0]
-            return -(rows * picked).sum(), rows.sum(), state, {}
+            found = -(rows * picked).sum(), rows.sum()
+            return *found, state, {"again": found}
 
     run(tmp_path / "one", Weighted)
     run(tmp_path / "four", Weighted, **{"optim.accumulate": 4})
     a, b = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert a.keys() == b.keys()
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-6)
+    metrics = losses(tmp_path / "four", "train/again")
+    np.testing.assert_allclose(list(metrics.values()), list(b.values()), rtol=1e-6)
 
 
 def test_batchnorm_tasks_refuse_microbatches(tmp_path):
