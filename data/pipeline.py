@@ -23,6 +23,8 @@ import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
+from data.workers import end_with_parent
+
 Example = dict[str, Any]
 Transform = Callable[[Example, np.random.Generator], Example]
 
@@ -164,7 +166,8 @@ def _iterate(
             flags.FLAGS.mark_as_parsed()  # worker processes refuse unparsed absl flags
         # Stacked last, where grain takes shared memory from it.
         iterable = iterable.batch(1, batch_fn=stack).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=end_with_parent,
         )
     return iter(iterable)
 

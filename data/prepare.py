@@ -46,6 +46,7 @@ from data.shards import (
     write_manifest,
     write_shard,
 )
+from data.workers import end_with_parent
 
 TEXTS = "records.jsonl"
 HASHING = 8  # threads
@@ -138,6 +139,7 @@ def _take_job(job: Job) -> None:
     """Once a process instead of once a shard: a source may hold a million names."""
     global _job
     _job = job
+    end_with_parent()
 
 
 def _write_taken(number: int) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from grain.multiprocessing import SharedMemoryArray
+from processes import children, wait_until_gone
 
 from data.pipeline import SHARED, RecycledMemory, eval_batches, train_batches
 
@@ -128,6 +133,33 @@ def test_memory_of_a_batch_is_used_again_once_its_reader_has_let_go():
     assert all((SHARED / name).exists() for name in names)
     memory.close()
     assert not any((SHARED / name).exists() for name in names)
+
+
+READS_FOR_EVER = """
+import time
+from data.pipeline import train_batches
+from test_pipeline import Numbers
+if __name__ == "__main__":
+    batches = train_batches(Numbers(10), batch_size=8, seed=0, workers=1)
+    print(next(batches)["label"].shape, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_worker_processes_of_a_killed_run_end_too(tmp_path):
+    (tmp_path / "reads.py").write_text(READS_FOR_EVER)
+    paths = os.pathsep.join(str(it) for it in (Path(__file__).parent, Path(__file__).parent.parent))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "reads.py")],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"(8,)\n"
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    wait_until_gone(workers)
 
 
 def test_worker_processes_honour_hosts_and_restart():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import children, wait_until_gone
 
 from common_jax.files import sha256_file
 from data import prepare as prepare_module
@@ -313,12 +312,14 @@ def test_a_killed_run_with_a_worker_process_is_resumed(tmp_path):
     out = tmp_path / "out"
     arguments = [str(tmp_path / "in"), str(out), "--per-shard=1"]
     command = [sys.executable, "-m", "data.prepare", *arguments, "--workers=1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     limit = time.monotonic() + 300
     while not list(out.glob("*.json")) and time.monotonic() < limit:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = children(process.pid)
+    process.kill()
     process.wait()
+    wait_until_gone(workers)
     written = len(list(out.glob("*.json")))
     assert 0 < written < 40 and not (out / "manifest.json").exists()
     assert main([*arguments, *QUIET]) == 0 and main([str(out), "--verify"]) == 0
