@@ -81,6 +81,8 @@ def run_in_child(topology: str) -> int | None:
     if name not in CHIPS or not CHIPS[name].torus or os.environ.get(CHILD):
         return None
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    # Of this machine, not of the one that is planned: libtpu complains where it finds none.
+    quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
     env = os.environ | quiet | {"JAX_PLATFORMS": "cpu", CHILD: "1"}
     status = subprocess.run([sys.executable, *sys.argv], env=env).returncode
     if status < 0:

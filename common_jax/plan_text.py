@@ -72,7 +72,7 @@ def describe_setting(machine: Machine, mesh, config) -> str:
     parts = config.optim.accumulate
     accumulated = f" in {parts} microbatches" if parts > 1 else ""
     return (
-        f"{machine.name}: {machine.count} chips{memory}; mesh {sizes}; "
+        f"{machine.name}: {machine.count} {'chip' if machine.count == 1 else 'chips'}{memory}; mesh {sizes}; "
         f"batch {config.batch_size}{accumulated}"
     )
 
