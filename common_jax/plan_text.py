@@ -71,10 +71,8 @@ def describe_setting(machine: Machine, mesh, config) -> str:
     memory = f", {machine.chip.hbm / GIB:.5g} GiB each" if machine.chip else ""
     parts = config.optim.accumulate
     accumulated = f" in {parts} microbatches" if parts > 1 else ""
-    return (
-        f"{machine.name}: {machine.count} {'chip' if machine.count == 1 else 'chips'}{memory}; mesh {sizes}; "
-        f"batch {config.batch_size}{accumulated}"
-    )
+    chips = "1 chip" if machine.count == 1 else f"{machine.count} chips"
+    return f"{machine.name}: {chips}{memory}; mesh {sizes}; batch {config.batch_size}{accumulated}"
 
 
 def state_rows(task: Task, mesh) -> list[tuple[str, int]]:
