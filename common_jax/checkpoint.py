@@ -27,6 +27,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or none could be read; the message says which and why."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves the agreement on the step to stop after to the loop.
+
+    Orbax asks JAX as well, also in the thread that ends an earlier save. To JAX the step last asked
+    for is where this process is: an older one from there made the others stop at a step that this
+    process had passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """Rolling and best checkpoints of one workdir. `tree` is any pytree of jax arrays."""
 
@@ -37,7 +49,7 @@ class Checkpoints:
         self.started: dict[str, int] = {}
         self.damaged: dict[str, set] = {name: set() for name in self.folders}
         self.managers = {
-            name: ocp.CheckpointManager(
+            name: _Manager(
                 folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep if name == "checkpoints" else 1,

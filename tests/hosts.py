@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Ended(NamedTuple):
-    """Exit statuses and stderr of all processes."""
+    """Exit statuses and stderr of all processes; 124 where one did not end in time."""
 
     statuses: list[int]
     errors: list[str]
@@ -47,12 +48,17 @@ def run_hosts(count, workdir, changes=None, faults=None, devices=1, timeout=600)
         hosts.append(
             subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         )
+    late, limit = [], time.monotonic() + timeout
     try:
-        errors = [host.communicate(timeout=timeout)[1] for host in hosts]
+        for host in hosts:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                host.communicate(timeout=max(0.0, limit - time.monotonic()))
+        late = [host for host in hosts if host.poll() is None]
     finally:
         for host in hosts:
             host.kill()
-    return Ended([host.returncode for host in hosts], errors)
+    errors = [host.communicate()[1] for host in hosts]
+    return Ended([124 if host in late else host.returncode for host in hosts], errors)
 
 
 def read_run(workdir: Path) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from common_jax import train_loop
 from common_jax.checkpoint import Checkpoints
@@ -38,6 +39,18 @@ def test_restoring_needs_no_second_state_on_the_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "restore", watched_restore)
     assert run(tmp_path) == 0
     assert len(begun) > 5 and alive == [0, 0]  # at the start, and of the best one at the end
+
+
+def test_the_loop_alone_tells_jax_at_which_step_a_process_is(tmp_path, monkeypatch):
+    """Two that told it different steps made one process stop at a step that another had passed."""
+    told = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", told.append)
+    saves = Checkpoints(tmp_path)
+    for step in (1, 2):
+        saves.save(step, {"x": jax.numpy.ones(3)}, {}, best=step == 1)
+    saves.wait()
+    saves.close()
+    assert list(saves.folders["checkpoints"].iterdir()) and told == []
 
 
 def test_a_full_disk_during_a_checkpoint_is_named_and_older_ones_stay(tmp_path):
