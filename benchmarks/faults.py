@@ -37,7 +37,7 @@ def cut_run(rng: np.random.Generator, workdir: Path) -> tuple[list[str], list[st
     story, wrong = [], []
     for _ in range(CUTS):
         count, what = int(rng.choice([1, 2, 4])), str(rng.choice(["kill", "term"]))
-        process, step = int(rng.integers(count)), int(rng.integers(1, 7))
+        process, step = int(rng.integers(count)), int(rng.integers(0, 7))
         ended = run_hosts(count, workdir, SETTINGS, {process: (what, step)})
         story.append(f"{what} {process}/{count} after {step}: {ended.statuses}")
         expected = [75] * count if what == "term" else None

@@ -101,7 +101,7 @@ class Run:
             tree, meta = self.saves.restore(self.let_go())
             self.train = TrainState(**tree)
             self.progress = {k: meta[k] for k in self.progress}
-        self.step = int(self.train.step)
+        self.step = self.began = int(self.train.step)
 
     def let_go(self) -> dict:
         """Shapes and places of the training state, which is given up: two of it may not fit."""
@@ -286,8 +286,8 @@ class Run:
     def _should_stop(self) -> bool:
         if not jax.distributed.is_initialized():
             return self.stop
-        # A notice to any process reaches all of them, which agree on the step to stop after.
-        return multihost_utils.reached_preemption_sync_point(self.step)
+        # Told to one, all stop after the step next to the last they asked about; 1 is next to none.
+        return multihost_utils.reached_preemption_sync_point(self.step - self.began)
 
     def finish(self, started: float) -> dict:
         """Score the best checkpoint on every set, draw, write results.json and DONE."""

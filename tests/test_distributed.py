@@ -124,10 +124,12 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_of_two_processes_survives_kill_and_sigterm_of_either(whole, tmp_path):
-    """kill -9 and SIGTERM of each process at random steps; it ends on one process as if nothing."""
+    """kill -9 and SIGTERM of each process at random steps, and before the first one of a session;
+    it ends on one process as if nothing had happened."""
     rng = np.random.default_rng(0)
-    for what, process in (("kill", 1), ("term", 0), ("kill", 0), ("term", 1)):
-        step, saved = int(rng.integers(2, 5)), saved_steps(tmp_path)
+    steps = [*map(int, rng.integers(2, 5, 3)), 0]
+    for what, process, step in zip(["kill", "term"] * 2, (1, 0, 0, 1), steps):
+        saved = saved_steps(tmp_path)
         ended = run_hosts(2, tmp_path, SETTINGS, {process: (what, step)})
         told = "\n".join(ended.errors)
         if what == "term":
