@@ -286,7 +286,7 @@ class Run:
     def _should_stop(self) -> bool:
         if not jax.distributed.is_initialized():
             return self.stop
-        # Told to one, all stop after the step next to the last they asked about; 1 is next to none.
+        # A notice to one reaches all. They agree on the step after the last asked about, from 1 on.
         return multihost_utils.reached_preemption_sync_point(self.step - self.began)
 
     def finish(self, started: float) -> dict:
