@@ -12,7 +12,7 @@ def children(pid: int) -> list[int]:
 
 
 def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
-    """AssertionError where one of several processes, of which there is one, still lives then."""
+    """AssertionError where there is none to wait for, or one still lives after so many seconds."""
     assert pids
     limit = time.monotonic() + seconds
     while left := [pid for pid in pids if _lives(pid)]:
