@@ -188,6 +188,19 @@ def put_tree(tree, shardings):
     return jax.tree.map(one, tree, shardings)
 
 
+def read_slices(shape: Sequence[int], sharding, read: Callable) -> jax.Array:
+    """Device array of which this process reads only the slices that it holds, each of them once.
+
+    read: (a slice with its bounds for every dimension) -> that part as numpy.
+    """
+    once = functools.lru_cache(None)(lambda *bounds: read(tuple(slice(*pair) for pair in bounds)))
+
+    def fetch(index):
+        return once(*(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
+
+    return jax.make_array_from_callback(tuple(shape), sharding, fetch)
+
+
 def split_tree(tree: dict, pattern: str) -> tuple[dict, dict]:
     """Nested dict -> (leaves whose path matches, the others), both nested dicts without holes."""
     chosen, rest = {}, {}

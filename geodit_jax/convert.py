@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from common_jax.files import read_json, write_json
+from common_jax.sharding import read_slices
 from common_jax.weights import LazyTensor, Report, copy_shards, flatten, unflatten
 from geodit_jax.config import GeoDiTConfig, TokenIds
 from geodit_jax.export_config import to_llada, to_published
@@ -108,14 +109,7 @@ def _load_leaf(leaf: Leaf, dtype, sharding):
     dtype = np.dtype(found if dtype is None else dtype)
     if sharding is None:
         return _read_leaf(leaf, tuple(slice(0, n) for n in leaf.shape), dtype)
-    read = functools.lru_cache(None)(  # devices that hold the same slice share one reading
-        lambda *bounds: _read_leaf(leaf, tuple(slice(*pair) for pair in bounds), dtype)
-    )
-
-    def fetch(index):
-        return read(*(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)))
-
-    return jax.make_array_from_callback(leaf.shape, sharding, fetch)
+    return read_slices(leaf.shape, sharding, lambda index: _read_leaf(leaf, index, dtype))
 
 
 def _read_leaf(leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:

@@ -5,7 +5,8 @@
 
 Importing is by the tree: the tensors a config asks for are looked up under every name public files
 use, and what is missing, left over or of another shape is reported by its name in the file.
-Tensors are read one at a time, so a load needs little more memory than the model itself.
+Tensors are read one at a time, so a load needs little more memory than the model itself; with
+shardings every process reads its own slices only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from flax.serialization import msgpack_serialize
 
 from common_jax.files import read_json, write_atomic, write_json
+from common_jax.sharding import put_tree, read_slices
 from common_jax.weights import (
     LazyTensor,
     Report,
@@ -89,13 +91,15 @@ def load_unet(
     use_metadata: bool | None = None,
     dtype: type | None = np.float32,
     strict: bool = True,
+    shardings: Mapping | None = None,
 ) -> tuple[UNetConfig, dict, Report]:
     """(config, params, report) of a UNet folder: config.json and weights in any known layout.
 
     use_metadata: True demands the metadata embeddings, False drops them (the published extractor
-    does), None follows config.json. dtype: of the numpy leaves; None keeps that of the file.
+    does), None follows config.json. dtype: of the leaves; None keeps that of the file.
     strict: raise ValueError with the whole report unless every tensor matches; otherwise the tree
-    lacks what the report names.
+    lacks what the report names. shardings: a tree like that of the parameters, of
+    `jax.sharding.Sharding`: leaves are then device arrays, else numpy.
     """
     tensors = open_tensors(path)
     config = config or read_config(path, "unet")
@@ -106,7 +110,7 @@ def load_unet(
         ignored = tuple(name for name in tensors if name.startswith(f"{METADATA}."))
     elif use_metadata and not config.num_metadata:
         config = dataclasses.replace(config, num_metadata=found or 7)
-    return config, *_load("unet", path, config, tensors, ignored, dtype, strict)
+    return config, *_load("unet", path, config, tensors, ignored, dtype, strict, shardings)
 
 
 def load_vae(
@@ -115,10 +119,11 @@ def load_vae(
     *,
     dtype: type | None = np.float32,
     strict: bool = True,
+    shardings: Mapping | None = None,
 ) -> tuple[VAEConfig, dict, Report]:
     """(config, params, report) of a VAE folder, with either naming of its attention."""
     config = config or read_config(path, "vae")
-    return config, *_load("vae", path, config, open_tensors(path), (), dtype, strict)
+    return config, *_load("vae", path, config, open_tensors(path), (), dtype, strict, shardings)
 
 
 def load_text_encoder(
@@ -127,12 +132,13 @@ def load_text_encoder(
     *,
     dtype: type | None = np.float32,
     strict: bool = True,
+    shardings: Mapping | None = None,
 ) -> tuple[TextConfig, dict, Report]:
     """(config, params, report) of a CLIP text folder; names with or without `text_model.`."""
     tensors = open_tensors(path)
     ignored = tuple(name for name in tensors if name.endswith("embeddings.position_ids"))
     config = config or read_config(path, "text_encoder")
-    return config, *_load("text_encoder", path, config, tensors, ignored, dtype, strict)
+    return config, *_load("text_encoder", path, config, tensors, ignored, dtype, strict, shardings)
 
 
 def read_config(path: str | os.PathLike, kind: str):
@@ -152,17 +158,28 @@ def tree_shapes(kind: str, config) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(KINDS[kind].shapes(config)).items()}
 
 
-def _load(kind, path, config, tensors, ignored, dtype, strict) -> tuple[dict, Report]:
+def _load(kind, path, config, tensors, ignored, dtype, strict, shardings) -> tuple[dict, Report]:
     shapes = tree_shapes(kind, config)
     matched, report = match_tensors(kind, shapes, tensors, ignored, str(path))
     if strict:
         report.raise_if_bad()
-    return unflatten({p: _read(t, p, shapes[p], dtype) for p, t in matched.items()}), report
+    places = {} if shardings is None else flatten(shardings)
+    if shardings is not None and (odd := sorted(matched.keys() - places.keys())):
+        raise ValueError(f"shardings lack {odd[0]} of the {kind}; make them from its shapes")
+    leaves = {p: _load_leaf(t, p, shapes[p], dtype, places.get(p)) for p, t in matched.items()}
+    return unflatten(leaves), report
 
 
-def _read(tensor: LazyTensor, path: str, shape: tuple[int, ...], dtype) -> np.ndarray:
-    value = tensor.read().reshape(torch_shape(path, shape))
-    return to_tree_layout(value if dtype is None else value.astype(dtype, copy=False), path)
+def _load_leaf(tensor: LazyTensor, path: str, shape: tuple[int, ...], dtype, sharding):
+    def read(index=()):
+        value = tensor.read(index)
+        value = value.reshape(value.shape[: len(shape)])  # old linear maps are 1x1 convolutions
+        return to_tree_layout(value if dtype is None else value.astype(dtype, copy=False), path)
+
+    if sharding is None or sharding.is_fully_replicated:
+        whole = read()
+        return whole if sharding is None else put_tree(whole, sharding)
+    return read_slices(shape, sharding, lambda index: read(torch_shape(path, index)))
 
 
 def _count_metadata(tensors: Mapping[str, LazyTensor]) -> int:

@@ -21,12 +21,10 @@ from common_jax.sharding import (
     count_ways,
     make_mesh,
     put_batch,
-    put_tree,
     replicated,
-    tree_shardings,
 )
 from common_jax.task import Evaluator, PlanRow, Task
-from satdifuser_jax.backbone import EMPTY_PROMPT, cast_params, export_backbone
+from satdifuser_jax.backbone import EMPTY_PROMPT, export_backbone
 from satdifuser_jax.blocks import SHARDING_RULES
 from satdifuser_jax.cache import Subset, spread_rows
 from satdifuser_jax.extract import Backbone, draw_latents, encode_latents
@@ -52,7 +50,7 @@ from satdifuser_jax.pretrain_parts import (
 from satdifuser_jax.sample_files import PROMPT, Sampler
 from satdifuser_jax.sampling import SampleConfig, sample_images
 from satdifuser_jax.sketch import count_training_flops, sketch_pretraining
-from satdifuser_jax.text_encoder import embed_ids, text_encoder_shapes
+from satdifuser_jax.text_encoder import TextTower, embed_ids, text_encoder_shapes
 from satdifuser_jax.unet import SatUNet, unet_shapes
 from satdifuser_jax.vae import SpaceToDepth, vae_shapes
 
@@ -85,33 +83,37 @@ class PretrainTask(Task):
             uncond=empty,
         )
         self.extract = ExtractConfig(posterior="sample", seed=config.seed)
-        self.tower, self.maker, self.sources = None, None, {}
-        self.host = self.frozen, None
+        self.mesh, self.tower, self.maker, self.sources = None, None, None, {}
 
     # -- parameters ------------------------------------------------------------------------
 
     def init(self, seed):
-        return load_unet_params(self.parts, seed), {}
+        return load_unet_params(self.parts, seed, self.mesh), {}
 
     def prepare(self, mesh, batches):
-        """Loads the frozen parts: onto the mesh, and as host arrays for caches and drawing."""
-        self.mesh, self.batches, tower = mesh, batches, None
-        codec_params = cast_params(load_codec_params(self.parts), self.config.model.vae_dtype)
-        frozen = self.frozen.replace(codec_params=codec_params)
+        """Loads the frozen parts onto the mesh, and fills the caches."""
+        self.mesh, self.batches, model = mesh, batches, self.config.model
+        codec_params = load_codec_params(self.parts, model.vae_dtype, mesh)
+        self.frozen = self.frozen.replace(codec_params=codec_params)
         if self.parts.text:
             warn_of_crops(self.config.data)
-            tower = load_text(self.parts, self.config.model.dtype)
-            empty = np.asarray(embed_ids(tower, self.tokenizer([EMPTY_PROMPT])), np.float32)
-            frozen = frozen.replace(context=empty, uncond=empty)
+            self.tower = load_text(self.parts, model.dtype, mesh)
+            embed = jax.jit(embed_ids, out_shardings=replicated(mesh))
+            empty = np.asarray(embed(self.tower, self.tokenizer([EMPTY_PROMPT])), np.float32)
+            self.frozen = self.frozen.replace(context=empty, uncond=empty)
         if self.config.data.cache != "none":
             size = self.config.eval.batch_size or self.config.batch_size
-            self.maker = Precomputed(frozen, tower, self.last_transform, batches, size)
-        self.host = frozen, tower
-        self.frozen = frozen.replace(codec_params=self._place(frozen.codec_params))
-        self.tower = tower and tower.replace(params=self._place(tower.params))
+            self.maker = Precomputed(*self.whole, self.last_transform, batches, size)
 
-    def _place(self, params):
-        return put_tree(params, tree_shardings(params, self.sharding_rules, self.mesh))
+    @functools.cached_property
+    def whole(self) -> tuple[Backbone, TextTower | None]:
+        """The frozen parts for what a process does alone: filling caches, drawing, exporting."""
+        if jax.process_count() == 1:
+            return self.frozen, self.tower
+        model = self.config.model
+        codec_params = load_codec_params(self.parts, model.vae_dtype)
+        tower = load_text(self.parts, model.dtype) if self.tower else None
+        return self.frozen.replace(codec_params=codec_params), tower
 
     def plan(self):
         parts = self.parts
@@ -254,7 +256,7 @@ class PretrainTask(Task):
         rule, mesh, frozen, tower = self.config.eval, self.mesh, self.frozen, self.tower
         if jax.process_count() > 1:
             mesh = make_mesh(devices=jax.local_devices())
-            frozen, tower, params = jax.device_put((*self.host, params), replicated(mesh))
+            frozen, tower, params = jax.device_put((*self.whole, params), replicated(mesh))
         batch = self._encode(self._held_out(count, mesh), frozen, tower)
         pixels = sample_images(
             frozen.replace(unet_params=params, context=batch.get("context", frozen.context)),
@@ -287,7 +289,7 @@ class PretrainTask(Task):
         return Sampler(self.frozen.replace(unet_params=params), self.embed, self.config.data.side)
 
     def report(self, params, state, results, workdir):
-        (frozen, tower), folder = self.host, Path(workdir) / "export"
+        (frozen, tower), folder = self.whole, Path(workdir) / "export"
         backbone = frozen.replace(unet_params=params)
         if self.config.model.vae_dtype != "float32":  # the export has the VAE as it was read
             backbone = backbone.replace(codec_params=load_codec_params(self.parts))

@@ -221,7 +221,7 @@ class DrawIds:
 class Precomputed(NamedTuple):
     """Makes caches of moments of latents, of metadata, and of wordings or text embeddings."""
 
-    backbone: Backbone  # codec and codec_params, as host arrays
+    backbone: Backbone  # codec and codec_params, whole
     tower: TextTower | None
     last: ToTrainInput
     batches: Callable  # data.pipeline.eval_batches

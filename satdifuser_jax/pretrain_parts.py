@@ -1,7 +1,7 @@
 """What a pretraining is built of, and where the weights of each part lie.
 
 `find_parts` reads config files alone, so that a run can be planned before any weights are there;
-the `load_*` functions read arrays.
+the `load_*` functions read arrays; given a mesh, every process reads its own slices only.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from common_jax.init import host_init
+from common_jax.sharding import tree_shardings
 from common_jax.weights import flatten, unflatten
 from satdifuser_jax.backbone import load_codec
+from satdifuser_jax.blocks import SHARDING_RULES
 from satdifuser_jax.components import find_components, is_weightless
-from satdifuser_jax.convert import load_text_encoder, load_unet, read_config
+from satdifuser_jax.convert import load_text_encoder, load_unet, load_vae, read_config
 from satdifuser_jax.prompts import PromptTokenizer, load_tokenizer
 from satdifuser_jax.schedule import Schedule
-from satdifuser_jax.text_encoder import CLIPTextModel, TextConfig, TextTower
+from satdifuser_jax.text_encoder import CLIPTextModel, TextConfig, TextTower, text_encoder_shapes
 from satdifuser_jax.torch_names import METADATA
 from satdifuser_jax.unet import UNetConfig, unet_shapes
-from satdifuser_jax.vae import AutoencoderKL, SpaceToDepth, VAEConfig
+from satdifuser_jax.vae import AutoencoderKL, SpaceToDepth, VAEConfig, vae_shapes
 
 FIELDS = 7  # longitude, latitude, GSD, cloud cover, year, month, day
 SD21 = "sd21"  # a part of these sizes whose weights are not at hand: enough to plan a run
@@ -132,36 +135,48 @@ def unet_config(model, latent_channels: int, context_dim: int, latent_side: int)
     )
 
 
-def load_unet_params(parts: Parts, seed: int) -> dict:
-    """Host arrays: the weights of the pipeline, or initial values.
+def load_unet_params(parts: Parts, seed: int, mesh: Mesh | None = None) -> dict:
+    """The weights of the pipeline, or initial values: on a mesh, or as host arrays without one.
 
     Metadata embeddings that the weights lack (those of Stable Diffusion) get initial values.
     """
     shapes = unet_shapes(parts.unet)
+    where = _find_places(shapes, mesh)
     if "unet" not in parts.folders:
         # A zero output layer starts the loss at the variance of the target (Ho et al. 2020).
-        return host_init(shapes, seed, [(r"^conv_out/", lambda rng, shape: np.zeros(shape))])
+        rule = r"^conv_out/", lambda rng, shape: np.zeros(shape)
+        return host_init(shapes, seed, [rule], where)
     folder, uses = parts.folders["unet"], None if parts.unet.num_metadata else False
-    _, params, report = load_unet(folder, parts.unet, use_metadata=uses, strict=False)
+    _, params, report = load_unet(
+        folder, parts.unet, use_metadata=uses, strict=False, shardings=where
+    )
     rest = tuple(name for name in report.missing if not name.startswith(f"{METADATA}."))
     dataclasses.replace(report, missing=rest).raise_if_bad()
     loaded = flatten(params)
     lacking = {path: leaf for path, leaf in flatten(shapes).items() if path not in loaded}
-    return unflatten(loaded | flatten(host_init(unflatten(lacking), seed)))
+    drawn = host_init(unflatten(lacking), seed, shardings=where)
+    return unflatten(loaded | flatten(drawn))
 
 
-def load_codec_params(parts: Parts) -> dict:
-    """Host arrays of the frozen codec, in float32; {} for one without parameters."""
+def load_codec_params(parts: Parts, dtype: str = "float32", mesh: Mesh | None = None) -> dict:
+    """The frozen codec in `dtype`, on a mesh or as host arrays; {} for one without parameters."""
     if isinstance(parts.codec, SpaceToDepth):
         return {}
-    return load_codec(parts.require("vae", "model.vae"))[1]
+    folder, config = parts.require("vae", "model.vae"), parts.codec.config
+    where = _find_places(vae_shapes(config), mesh)
+    return load_vae(folder, config, dtype=jnp.dtype(dtype), shardings=where)[1]
 
 
-def load_text(parts: Parts, dtype: str) -> TextTower:
-    """The frozen text tower with host arrays in `dtype`."""
-    folder = parts.require("text_encoder", "model.text")
-    _, params, _ = load_text_encoder(folder, parts.text, dtype=jnp.dtype(dtype))
-    return TextTower(CLIPTextModel(parts.text, dtype=jnp.dtype(dtype)), params)
+def load_text(parts: Parts, dtype: str, mesh: Mesh | None = None) -> TextTower:
+    """The frozen text tower in `dtype`, its parameters on a mesh or as host arrays."""
+    folder, dtype = parts.require("text_encoder", "model.text"), jnp.dtype(dtype)
+    where = _find_places(text_encoder_shapes(parts.text), mesh)
+    _, params, _ = load_text_encoder(folder, parts.text, dtype=dtype, shardings=where)
+    return TextTower(CLIPTextModel(parts.text, dtype=dtype), params)
+
+
+def _find_places(shapes: dict, mesh: Mesh | None) -> dict | None:
+    return None if mesh is None else tree_shardings(shapes, SHARDING_RULES, mesh)
 
 
 def load_words(parts: Parts) -> PromptTokenizer:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from test_prompts import write_tokenizer
 from tiny_pipeline import PLAIN, TEXT, UNET, VAE, make_components, write_pipeline
 
-from common_jax.weights import flatten
+from common_jax.sharding import make_mesh
+from common_jax.weights import LazyTensor, flatten
 from configs.satdifuser_pretrain import get_config
 from satdifuser_jax.convert import export_component, export_pipeline
 from satdifuser_jax.pretrain_parts import (
@@ -106,6 +108,34 @@ def test_frozen_parts_are_read_in_the_asked_for_dtype(pipeline):
     assert half.codec.dtype == "bfloat16" and load_codec_params(half).keys() == {
         *load_codec_params(parts)
     }
+
+
+def test_on_a_mesh_parts_are_the_same_and_no_split_tensor_is_read_whole(pipeline, monkeypatch):
+    export_component(pipeline / "unet", "unet", PLAIN, init_unet(PLAIN, 5))
+    parts = find_parts(settings(weights=str(pipeline)), 16)  # the metadata embeddings are drawn
+    mesh, reads, read = make_mesh(fsdp=2, devices=jax.devices()[:2]), [], LazyTensor.read
+
+    def counted(tensor, index=()):
+        value = read(tensor, index)
+        reads.append(value.size)
+        return value
+
+    def load(mesh):
+        reads.clear()
+        trees = load_unet_params(parts, 0, mesh), load_codec_params(parts, mesh=mesh)
+        return [*map(flatten, trees), flatten(load_text(parts, "float32", mesh).params)]
+
+    whole = load(None)
+    monkeypatch.setattr(LazyTensor, "read", counted)
+    for placed, expected in zip(load(mesh), whole, strict=True):
+        assert placed.keys() == expected.keys()
+        for path, value in expected.items():
+            np.testing.assert_array_equal(np.asarray(placed[path]), value, err_msg=path)
+    expected = []
+    for path, leaf in (item for tree in load(mesh) for item in tree.items()):
+        if not path.startswith("metadata_embedding_"):
+            expected += [leaf.size] if leaf.is_fully_replicated else [leaf.size // 2] * 2
+    assert sorted(reads) == sorted(expected)
 
 
 def test_the_full_size_can_be_planned_without_weights_but_not_trained():
