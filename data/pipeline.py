@@ -33,13 +33,18 @@ NUMBERS = "biuf"  # kinds of dtype
 SHARED = Path("/dev/shm")  # where Linux keeps shared memory, as files
 
 
-class _Transforms:
-    """All transforms of one element in order, sharing the element's generator."""
+class _Read:
+    """Row of a source -> its example after all transforms in order, which share its generator.
 
-    def __init__(self, transforms: Sequence[Transform]):
-        self.transforms = tuple(transforms)
+    Grain is given rows to shuffle, not the source: of what it reads itself it measures every leaf,
+    a tenth of the time of decoding a small JPEG.
+    """
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    def __init__(self, source: Any, transforms: Sequence[Transform]):
+        self.source, self.transforms = source, tuple(transforms)
+
+    def __call__(self, row: int, rng: np.random.Generator) -> Example:
+        example = self.source[row]
         for transform in self.transforms:
             example = transform(example, rng)
         return example
@@ -198,8 +203,8 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is not in 0..2**32-1")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(_Read(source, transforms)).map_with_index(_add_index)
     ours = slice(host + step * num_hosts, None, num_hosts)
     return _iterate(dataset, local, ours, _Stack(only_numbers=True), workers)
 
@@ -222,7 +227,8 @@ def eval_batches(
     steps = -(-len(source) // batch_size)
     if not steps:
         return iter(())
-    dataset = grain.MapDataset.source(_Padded(source, steps * batch_size)).seed(0)
-    dataset = dataset.random_map(_Transforms(transforms)).map_with_index(_add_index)
+    padded = _Padded(source, steps * batch_size)
+    dataset = grain.MapDataset.range(len(padded)).seed(0)
+    dataset = dataset.random_map(_Read(padded, transforms)).map_with_index(_add_index)
     ours = slice(host, None, num_hosts)
     return _iterate(dataset, local, ours, _Stack(only_numbers=False), workers)

@@ -10,7 +10,9 @@ reads them all and compares the hashes.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import os
 import re
 import resource
@@ -23,7 +25,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from common_jax.files import atomic_path, read_json, sha256_file, sha256_json, write_json
@@ -255,20 +256,20 @@ class PackedExamples:
     def __init__(self, folder: str | os.PathLike, kind: str):
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder, kind)
-        self._files = [note.file for note in self.manifest.shards]
-        self._ends = np.cumsum([note.count for note in self.manifest.shards], dtype=np.int64)
+        self._files = [str(self.folder / note.file) for note in self.manifest.shards]
+        self._ends = [*itertools.accumulate(note.count for note in self.manifest.shards)]
         if not self.manifest.count:
             raise ShardError(f"{self.folder} holds no examples; all of them were skipped")
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, i: int) -> tuple[dict[str, Any], dict[str, bytes]]:
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)} in {self.folder}")
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        return read_packed(str(self.folder / self._files[number]), int(i) - start)
+        number = bisect.bisect_right(self._ends, i)
+        start = self._ends[number - 1] if number else 0
+        return read_packed(self._files[number], int(i) - start)
 
 
 def read_packed(path: str, place: int) -> tuple[dict[str, Any], dict[str, bytes]]:
