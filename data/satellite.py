@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -130,20 +131,24 @@ class FolderReader:
     """Pictures of `folders.open_images`. described: the folder of a picture says what it shows."""
 
     def __init__(self, source: ImageFolder, root: Path, described: bool = False):
-        self.source, self.root, self.described = source, root, described
+        self.source, self.described = source, described
         self.name, self.problems = root.name, source.problems
+        self.prefix = os.path.join(root, "")
         self.fingerprint = f"{source.fingerprint}{'-described' * described}"
 
     def __len__(self) -> int:
         return len(self.source)
 
     def sample(self, i: int) -> Sample:
-        path = Path(self.source.items[i].path)
+        path = self.source.items[i].path
         pieces = [always(CAPTION)]
         if self.described:
-            pieces.append(sometimes(f" of a {path.parent.name.replace('_', ' ')}", 0.1))
-        name = path.relative_to(self.root).as_posix()
-        return Sample(name, path.read_bytes(), compose(*pieces))
+            shown = os.path.basename(os.path.dirname(path)).replace("_", " ")
+            pieces.append(sometimes(f" of a {shown}", 0.1))
+        with open(path, "rb", buffering=0) as file:
+            picture = file.read()
+        name = path.removeprefix(self.prefix).replace(os.sep, "/")
+        return Sample(name, picture, compose(*pieces))
 
 
 class CsvReader:

@@ -42,13 +42,18 @@ def metadata_vector(fields: Mapping[str, float], scale: float = 1.0) -> np.ndarr
 
     Raises ValueError on a value that cannot be right and on a field that is none of the seven.
     """
+    if not fields:
+        return np.zeros(len(METADATA_FIELDS), np.float32)
     strange = sorted(fields.keys() - _NEUTRAL.keys())
     if strange:
         raise ValueError(f"metadata {', '.join(strange)}; known: {', '.join(METADATA_FIELDS)}")
     values = _NEUTRAL | {name: float(value) for name, value in fields.items()}
     values["gsd"] *= scale
-    known = np.array([name in fields for name in METADATA_FIELDS], np.float32)
-    return normalise_metadata(**values) * known
+    vector = normalise_metadata(**values)
+    for place, name in enumerate(METADATA_FIELDS):
+        if name not in fields:
+            vector[place] = 0.0
+    return vector
 
 
 def read_fields(row: Mapping[str, Any]) -> dict[str, float]:
