@@ -1,7 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make quickstart   train, probe and print results on built-in scenes
 #   (make quickstart-geodit: the same for the vision-language model)
-#   make test         the whole test suite and the linter
+#   make test         the test suite and the linter
+# and `make slow` runs the heavier checks that `make test` leaves out: whole runs, more processes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,15 +33,16 @@ quickstart: $(VENV)/.runtime
 quickstart-geodit: $(VENV)/.runtime
 	$(BIN)/python -m examples.quickstart_geodit --workdir=runs/quickstart_geodit
 
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 # Fresh environments from pyproject.toml, written down without local version suffixes.
 FREEZE = .cache/lock/bin/python -m pip freeze --exclude-editable --all | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+//'

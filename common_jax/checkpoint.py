@@ -23,6 +23,11 @@ REPORT_SECONDS = 12 * 3600  # for process 0 to draw and export while the others 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
+CUT_FROM_BYTES = 1 << 20
+"""Where devices hold copies, each writes a part of an array. Of a small one cutting it costs more
+than the rest of a save: a program for every shape, and a step that waits three times as long."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or none could be read; the message says which and why."""
 
@@ -51,6 +56,7 @@ class Checkpoints:
         self.managers = {
             name: _Manager(
                 folder,
+                item_handlers=_make_handlers(name),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep if name == "checkpoints" else 1,
                     keep_period=(keep_every or None) if name == "checkpoints" else None,
@@ -71,7 +77,7 @@ class Checkpoints:
         """Start writing; returns early when asynchronous. Earlier failures surface here."""
         name = "best" if best else "checkpoints"
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"step": step, **meta})
+            state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave({"step": step, **meta})
         )
         try:
             manager = self.managers[name]
@@ -224,6 +230,17 @@ def open_reader(folder: Path, name: str, handlers=None) -> ocp.CheckpointManager
         ),
         item_handlers=handlers,
     )
+
+
+def _make_handlers(name: str) -> dict:
+    """What writes the two items of a checkpoint; processes meet under `name`."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=CUT_FROM_BYTES)
+    place = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+    state = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        multiprocessing_options=place,
+    )
+    return {"state": state, "meta": ocp.JsonCheckpointHandler(multiprocessing_options=place)}
 
 
 def read_checkpoint(workdir: Path, parts: Sequence[str]) -> tuple[dict, str]:

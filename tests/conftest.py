@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+# Tracing makes millions of objects that stay; to look for garbage among them takes a tenth of it.
+gc.set_threshold(200_000, 50, 50)
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 GOLDEN_DIR = os.environ.get("GOLDEN_DIR")

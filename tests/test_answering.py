@@ -120,6 +120,7 @@ def test_pictures_of_boxes_and_of_the_passes_are_written(tmp_path):
         assert min(found.size) > 100
 
 
+@pytest.mark.slow
 def test_rows_of_predictions_are_what_scoring_reads(responder, tmp_path):
     from data.records import Record
     from geodit_jax.inference import predict_records

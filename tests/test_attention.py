@@ -165,6 +165,7 @@ def test_a_kernel_that_cannot_take_the_inputs_gives_way_and_says_so_once():
         attend(q, k, v, implementation="cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [None, TURNS], ids=["all", "turns"])
 @pytest.mark.parametrize("lengths", [None, np.array([4, 8])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("sizes", [(11, 9), (11, 10), (12, 9)], ids=str)

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from common_jax import train_loop
 from common_jax.checkpoint import Checkpoints
+from common_jax.sharding import make_mesh, replicated
 from tests.linear_task import LinearTask
 from tests.test_train_loop import ROOT, final_params, kept_steps, losses, run
 
@@ -51,6 +52,22 @@ def test_the_loop_alone_tells_jax_at_which_step_a_process_is(tmp_path, monkeypat
     saves.wait()
     saves.close()
     assert list(saves.folders["checkpoints"].iterdir()) and told == []
+
+
+def test_saving_small_arrays_that_devices_share_compiles_nothing(tmp_path, caplog):
+    assert len(jax.devices()) > 1
+    state = {"x": jax.device_put(np.ones((6, 35)), replicated(make_mesh()))}
+    saves = Checkpoints(tmp_path)
+    with jax.log_compiles():
+        jax.jit(lambda x: x[:3])(state["x"])
+        assert "Finished XLA compilation" in caplog.text
+        caplog.clear()
+        saves.save(1, state, {})
+        saves.wait()
+    assert "Finished XLA compilation" not in caplog.text
+    found, _ = saves.restore(state)
+    np.testing.assert_array_equal(found["x"], state["x"])
+    saves.close()
 
 
 def test_a_full_disk_during_a_checkpoint_is_named_and_older_ones_stay(tmp_path):

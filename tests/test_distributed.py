@@ -146,6 +146,7 @@ def test_a_run_of_two_processes_survives_kill_and_sigterm_of_either(whole, tmp_p
     assert_same_run(run_alone(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_path):
     """An error that only one raises; before it, a process that keeps the others waiting."""
     settings = SETTINGS | {"log.stall": 1.0, "data.workers": 1}
@@ -162,6 +163,7 @@ def test_what_fails_in_one_process_ends_all_of_them_and_says_which(whole, tmp_pa
     assert_same_run(run_alone(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(whole, tmp_path):
     """One of two cannot read the newest; then four go on where the two were stopped.
 
@@ -190,6 +192,7 @@ def test_a_process_with_fewer_files_is_named_and_nothing_is_trained(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_caches_are_built_together_or_refused_within_seconds(tmp_path):
     """One cache of two processes; a folder that is not shared; a process with other files."""
     settings = SETTINGS | {"data.cache_dir": str(tmp_path / "caches")}
@@ -258,6 +261,7 @@ def test_what_a_process_does_wrong_by_itself_is_not_laid_on_another(monkeypatch,
         raise jax.errors.JaxRuntimeError(told)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
     ended = run_hosts(2, tmp_path, SETTINGS, {1: ("full", 6)}, timeout=60)
     assert ended.statuses == [LostHostError.status, 1], ended.errors
@@ -266,6 +270,7 @@ def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
     assert "Complete checkpoints kept there: [3]" in told
 
 
+@pytest.mark.slow
 def test_several_processes_score_the_checkpoint_that_all_of_them_can_read(tmp_path):
     """Process 0 chooses; the second process cannot read the best one."""
     settings = {"optim.ema_decay": 0.9}
@@ -276,6 +281,7 @@ def test_several_processes_score_the_checkpoint_that_all_of_them_can_read(tmp_pa
     assert found["checkpoint"] == "checkpoints/6" and found["selected_step"] == 6
 
 
+@pytest.mark.slow
 def test_a_second_run_in_several_processes_is_refused_by_all_and_changes_nothing(tmp_path):
     held = lock_workdir(tmp_path)
     ended = run_hosts(2, tmp_path, SETTINGS)

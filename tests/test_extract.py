@@ -310,6 +310,7 @@ def test_posterior_sample_is_a_function_of_seed_and_index_around_the_mean():
 
 
 # ---------------------------------------------------------------------------- whole program
+@pytest.mark.slow
 def test_a_batch_sharded_over_two_devices_gives_the_features_of_one(tiny):
     config = ExtractConfig(mode="noising", timesteps=(21,), scales=TINY_SCALES)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
@@ -326,6 +327,7 @@ def test_a_batch_sharded_over_two_devices_gives_the_features_of_one(tiny):
         assert rel_error(a, b) < 1e-5
 
 
+@pytest.mark.slow
 def test_full_size_features_have_the_published_shapes():
     config = UNetConfig.sd21()
     context = jax.ShapeDtypeStruct((1, 77, 1024), jnp.float32)

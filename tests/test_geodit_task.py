@@ -60,7 +60,7 @@ LEARNING = {"data.size": 4, "optim.lr": 3e-3, "optim.schedule": "constant", "eva
 def workdir(tmp_path_factory):
     """A run on four examples."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    config = tiny(**LEARNING, **{"optim.steps": 40})
+    config = tiny(**LEARNING, **{"optim.steps": 40, "checkpoint.every": 20})
     assert train(launch.make_task(config), config, str(folder), PIPELINE) == 0
     return folder
 
@@ -71,6 +71,7 @@ def test_four_examples_are_learnt(workdir):
     assert np.mean(found[-8:]) < 0.3 * found[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(workdir, tmp_path):
     for steps in (3, 5):
         config = tiny(**LEARNING, **{"optim.steps": steps, "data.val": "none", "eval.select": ""})
@@ -99,6 +100,7 @@ def test_the_export_of_a_run_loads_and_goes_on(workdir):
     assert onwards.model == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "pretrain"])
 def test_the_other_stages_run_and_change_only_what_they_train(stage, tmp_path):
     config = tiny(stage)

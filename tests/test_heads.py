@@ -152,6 +152,7 @@ def test_classifier_equals_torch_that_resizes_sums_and_pools(scales, tmp_path):
     assert rel_error(logits, head(features)[0].detach()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_an_adam_step_in_training_mode_equals_torch(task, tmp_path):
     spec = make_spec(task=task, dropout=0.0, pool_scales=(1, 2))
@@ -185,6 +186,7 @@ def test_an_adam_step_in_training_mode_equals_torch(task, tmp_path):
         assert np.abs(value - wanted[path]).max() < 1e-4 * np.abs(wanted[path]).max(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_an_uneven_last_batch_counts_as_its_real_rows_alone(task):
     spec = make_spec(task=task, dropout=0.0, pool_scales=(1, 2), fuser="moe", scales=SCALES[1:])
@@ -207,6 +209,7 @@ def test_an_uneven_last_batch_counts_as_its_real_rows_alone(task):
         assert np.abs(a - b).max() < 1e-4 * max(np.abs(b).max(), 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, phase",
     [

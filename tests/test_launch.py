@@ -113,6 +113,7 @@ def test_a_plan_is_printed_without_weights():
     assert "train (not compiled: shapes and bytes), a chip" in out
 
 
+@pytest.mark.slow
 def test_a_release_of_two_resolutions_is_converted_by_the_one_that_is_chosen(tmp_path):
     root = tmp_path / "release" / "resolution64"
     write_pipeline(root)
@@ -125,6 +126,7 @@ def test_a_release_of_two_resolutions_is_converted_by_the_one_that_is_chosen(tmp
     load_unet(find_components(tmp_path / "out").unet)
 
 
+@pytest.mark.slow
 def test_extraction_runs_from_the_command_line_without_weights(tmp_path):
     Image.new("RGB", (40, 32), "green").save(tmp_path / "green.png")
     words = ["extract", PROBE, "--config.model.pool=mean", "--config.model.save_timesteps=(48,)"]

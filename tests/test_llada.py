@@ -271,6 +271,7 @@ def test_turns_reach_into_the_past(core, embeds):
     assert rel_error(hidden, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "remat"), [(None, "dots"), (4, "full")])
 def test_what_the_backward_pass_computes_again_changes_no_gradient(core, embeds, rows, remat):
     def gradient(remat):

@@ -134,6 +134,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_exports_the_model_that_it_scored(tmp_path):
     settings = {"lora.rank": 4, "optim.lr": 1e-2, "data.val": "none", "eval.select": ""}
     config = tiny(**settings)

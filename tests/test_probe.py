@@ -24,6 +24,7 @@ def probe(workdir, arg="tiny", **changes):
     return json.loads((workdir / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
     settings = {"model.mode": "inversion", "model.timesteps": (), "optim.lr": 1e-3}
     settings["model.save_timesteps"] = (48, 47)  # three calls of the network
@@ -77,6 +78,7 @@ def test_experts_that_depend_on_the_whole_batch_are_not_split():
     assert ProbeTask(small_config("tiny,fuser=gw", **{"model.warmup": "calls"})).accumulates
 
 
+@pytest.mark.slow
 def test_experts_warm_up_then_choose_and_the_run_draws_their_use(tmp_path, capfd):
     probe(tmp_path / "moe", "tiny,fuser=moe", **{"model.warmup_length": 2, "model.top_k": 1})
     err = capfd.readouterr().err
@@ -84,6 +86,7 @@ def test_experts_warm_up_then_choose_and_the_run_draws_their_use(tmp_path, capfd
     assert (tmp_path / "moe" / "figures" / "expert_use.png").exists()
 
 
+@pytest.mark.slow
 def test_segmentation_scores_maps_and_draws_overlays(tmp_path):
     results = probe(tmp_path / "seg", "tiny,dataset=scenes_seg,fuser=lw")
     assert 0 <= results["eval/test/miou"] <= results["eval/test/miou_present"] <= 1
@@ -99,6 +102,7 @@ def test_a_linear_probe_learns_the_scenes_better_than_chance(tmp_path):
         "optim.steps": 60,
         "optim.lr": 3e-3,
         "eval.every": 60,
+        "checkpoint.every": 60,
     }
     results = probe(tmp_path / "linear", "tiny,fuser=linear", **changes)
     assert results["eval/test/accuracy"] > 2.5 / 8
@@ -112,6 +116,7 @@ def plain(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_few_labels_use_the_cache_of_all_pictures(plain, capfd):
     few = {"data.label_fraction": 0.5, "optim.steps": 1, "eval.every": 1}
     probe(plain.parent / "few", **few)
@@ -123,6 +128,7 @@ def test_augmentation_refuses_a_cache(tmp_path):
         probe(tmp_path / "x", **{"data.augment": "published"})
 
 
+@pytest.mark.slow
 def test_metadata_of_the_record_changes_the_features(plain):
     record = {"model.metadata": "record", "optim.steps": 1, "eval.every": 1}
     assert probe(plain.parent / "record", **record)["step"] == 1

@@ -184,6 +184,7 @@ EACH_ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_ALONE)
 def test_a_row_of_an_unequal_batch_is_decoded_as_it_is_alone(name, core, prefixes):
     decode = EACH_ALONE[name]

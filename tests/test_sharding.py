@@ -148,6 +148,7 @@ def test_constraints_hold_inside_on_mesh_and_are_nothing_outside():
     np.testing.assert_array_equal(doubled, 2 * x)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_steps_of_one_on_every_mesh():
     environment = os.environ | {
         "XLA_FLAGS": xla_flags(8),

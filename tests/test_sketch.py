@@ -26,6 +26,7 @@ def test_a_sketch_of_pretraining_has_the_arrays_that_training_makes():
     assert kinds(sketch.params) == kinds(task.init(0)[0])
 
 
+@pytest.mark.slow
 def test_a_full_size_pretraining_is_sketched_without_weights():
     task = PretrainTask(get_config("size=sd21"))
     sketch = task.sketch(None, 3)
@@ -82,6 +83,7 @@ def test_a_frozen_network_costs_one_pass_and_what_is_cached_none():
     assert both == head | {"features": pytest.approx(network / 2)}  # two rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "giga"), [(256, 181.1), (512, 804.3)])
 def test_a_call_of_stable_diffusion_has_the_known_number_of_operations(side, giga):
     """As counted by hooks on the public network in torch."""

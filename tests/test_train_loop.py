@@ -232,6 +232,7 @@ def test_one_program_serves_the_whole_run(tmp_path, capfd):
     assert capfd.readouterr().err.count("compiled the training step") == 1
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_losses_and_scores_of_one_and_wait_for_a_long_report(tmp_path):
     run(tmp_path / "one", **{"optim.ema_decay": 0.9})
     # JAX waits 3 seconds at the end; the report of process 0 takes 5.

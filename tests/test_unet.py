@@ -124,6 +124,7 @@ def test_gradients_equal_torch_diffusers(torch_unet):
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
+@pytest.mark.slow
 def test_remat_recomputes_and_changes_no_gradient():
     config = dataclasses.replace(
         TINY,
