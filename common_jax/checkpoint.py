@@ -234,11 +234,14 @@ def open_reader(folder: Path, name: str, handlers=None) -> ocp.CheckpointManager
 
 def _make_handlers(name: str) -> dict:
     """What writes the two items of a checkpoint; processes meet under `name`."""
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=CUT_FROM_BYTES)
+    types = ocp.type_handlers
+    arrays = types.ArrayHandler(min_slice_bytes_for_replica_parallel=CUT_FROM_BYTES)
+    registry = types.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, types.NumpyHandler())
+    )
     place = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
     state = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-        multiprocessing_options=place,
+        type_handler_registry=registry, multiprocessing_options=place
     )
     return {"state": state, "meta": ocp.JsonCheckpointHandler(multiprocessing_options=place)}
 
