@@ -58,6 +58,7 @@ def test_a_prefix_that_never_saw_the_answer_can_be_kept_exactly(decode, steps):
     assert_same(decode(settings, config), decode(dataclasses.replace(EXACT, steps=steps), config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"guidance": 1.0, "block": 4}, {"threshold": 0.2}])
 def test_the_exact_cache_goes_with_other_options(decode, option):
     config = dataclasses.replace(SMALL, prefix_lm=True)

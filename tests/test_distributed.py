@@ -183,6 +183,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(whole, 
     assert_same_run(read_run(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_process_with_fewer_files_is_named_and_nothing_is_trained(tmp_path):
     ended = run_hosts(2, tmp_path, SETTINGS, {1: ("fewer", 0)})
     assert ended.statuses == [1, 1]

@@ -271,6 +271,7 @@ def test_validation_draws_the_same_masks_every_time(sft, constant, batch):
     assert (np.diff(masked) > 0).all()  # more at later times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_prompts_see_answers_only_without_prefix_lm(prefix_lm, params):
     made = GeoDiTTask(tiny(**{"model.prefix_lm": prefix_lm}))

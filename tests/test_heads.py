@@ -130,6 +130,7 @@ def test_golden_head_logits_loss_and_gradient_norm(folder, name):
     assert checked >= golden.arrays.keys(), "an array of this head is compared with nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder, name", [p for p in golden_heads() if "moe" in p.id])
 def test_golden_experts_after_warm_up(folder, name):
     golden = open_golden(folder, name)

@@ -105,6 +105,7 @@ def test_a_task_that_cannot_do_what_is_asked_says_so(tmp_path):
     assert status == 2 and "config.task='satdifuser_pretrain' cannot extract" in err
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_without_weights():
     status, out, err = run("plan", PROBE)
     assert status == 0 and "head (gw)" in out and "total" in out, err

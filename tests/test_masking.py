@@ -268,6 +268,7 @@ def plain_loss(core, hidden, labels, masks, weighting):
     return (nll.sum(1) / jnp.maximum((labels != IGNORED).sum(1), 1)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["1/p", "none"])
 @pytest.mark.parametrize(
     ("rows", "groups", "width", "vocab"),

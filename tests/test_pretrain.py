@@ -39,6 +39,7 @@ def pretrained(tmp_path_factory):
     return config, folder / "run"
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_validation_loss_and_draws_samples(pretrained):
     _, workdir = pretrained
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]

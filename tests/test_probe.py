@@ -44,6 +44,7 @@ def test_no_cache_cached_latents_and_cached_taps_train_alike(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_draws_its_report_on_a_device_of_its_own(tmp_path, monkeypatch):
     config = small_config(
         "tiny,fuser=gw", **{"data.cache": "latents", "data.cache_dir": str(tmp_path)}

@@ -227,6 +227,7 @@ def test_unknown_axes_and_workdirs_of_other_runs_are_refused(config, tmp_path):
         sweep_taps(FeatureTask(other), tmp_path, ["taps"], eval_batches)
 
 
+@pytest.mark.slow
 def test_a_probe_of_maps_is_swept_from_its_cache(tmp_path, capfd):
     changes = {"data.cache_dir": str(tmp_path / "cache"), "data.size": 8, "data.eval_size": 4}
     config = small_config("tiny,dataset=scenes_seg,fuser=gw", **changes)
