@@ -217,13 +217,23 @@ def gather_tree(tree):
     is_first = jax.process_index() == 0
 
     def one(array):
-        if isinstance(array, jax.Array) and not array.is_fully_replicated:
-            # One at a time, so that a device never holds more than one of them whole.
-            array = jax.jit(_itself, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+        array = _replicate(array)
         return np.asarray(array) if is_first else None
 
+    # One at a time, so that a device never holds more than one of them whole.
     gathered = jax.tree.map(one, tree)
     return gathered if is_first else None
+
+
+def gather_array(array) -> np.ndarray:
+    """A whole array as numpy; every process must call it where processes hold parts of it."""
+    return np.asarray(_replicate(array))
+
+
+def _replicate(array):
+    if not isinstance(array, jax.Array) or array.is_fully_replicated or array.is_fully_addressable:
+        return array
+    return jax.jit(_itself, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
 
 
 def _itself(array):

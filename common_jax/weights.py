@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -62,11 +62,14 @@ def unflatten(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-def tree_sha256(params: Mapping) -> str:
-    """Hex digest over paths, shapes, dtypes and bytes of a tree; independent of the dict order."""
+def tree_sha256(params: Mapping, read: Callable = np.asarray) -> str:
+    """Hex digest over paths, shapes, dtypes and bytes of a tree; independent of the dict order.
+
+    read: (leaf) -> numpy; called in the order of the paths, for a leaf at a time.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
-        leaf = np.asarray(leaf)
+        leaf = read(leaf)
         digest.update(f"{path} {leaf.dtype.name} {leaf.shape}\n".encode())
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return digest.hexdigest()

@@ -7,6 +7,7 @@ SpaceToDepth (a codec without weights) and `prompts/` with stored prompt embeddi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from common_jax.distributed import ask_first_for, gather_array
 from common_jax.files import read_json, sha256_json, write_json
+from common_jax.init import host_init
 from common_jax.sharding import put_tree, tree_shardings
 from common_jax.weights import tree_sha256
 from satdifuser_jax.blocks import SHARDING_RULES
@@ -35,74 +39,103 @@ from satdifuser_jax.unet import SatUNet, UNetConfig, init_unet, unet_shapes
 from satdifuser_jax.vae import AutoencoderKL, SpaceToDepth, vae_shapes
 
 EMPTY_PROMPT = ""
+METADATA_FIELDS = 7  # longitude, latitude, GSD, cloud cover, year, month, day
 NO_TEXT_TOWER = "none"  # encoder fingerprint of embeddings that no text tower made
 
 
-def load_codec(folder: str | os.PathLike, dtype=jnp.float32):
-    """(module, params) of a VAE folder, or of one whose config.json says SpaceToDepth."""
-    config_file = Path(folder) / "config.json"
-    if config_file.is_file():
-        raw = read_json(config_file)
-        if raw.get("_class_name") == "SpaceToDepth":
-            return SpaceToDepth(raw["patch"]), {}
-    config, params, _ = load_vae(folder)
-    return AutoencoderKL(config, dtype=dtype), params
+def read_codec(folder: Path, dtype=jnp.float32) -> AutoencoderKL | SpaceToDepth:
+    """The module that a vae folder describes; only its config.json is read."""
+    if is_weightless(folder):
+        return SpaceToDepth(read_json(folder / "config.json")["patch"])
+    return AutoencoderKL(read_config(folder, "vae"), dtype=dtype)
 
 
-def load_backbone(
-    root: str | os.PathLike,
-    *,
-    resolution: int | None,
-    prompt: str,
-    prompt_cache: str | os.PathLike,
-    untrained_seed: int | None = None,
-    use_metadata: bool = False,
-    is_guided: bool = False,
-    dtype: str = "float32",
-) -> Backbone:
-    """Read the frozen model of a pipeline folder; parameters are host arrays.
+@dataclasses.dataclass(frozen=True)
+class BackboneFolder:
+    """A frozen model in a pipeline folder, and how it is used.
 
     resolution: pixels, chooses `resolution<pixels>/` where the release has several.
     untrained_seed: keep the sizes, but draw the UNet's weights at random (the control experiment).
     use_metadata: keep the seven metadata embeddings (the published extractor drops them).
+    is_guided: the empty prompt is embedded beside the prompt. dtype: of the UNet and its weights.
     """
-    parts = find_components(root, resolution)
-    if untrained_seed is None:
-        config, params, _ = load_unet(parts.unet, use_metadata=use_metadata)
-    else:
-        config = UNetConfig.from_dict(read_json(parts.unet / "config.json"))
-        params = init_unet(config, untrained_seed)
-    codec, codec_params = load_codec(parts.require("vae"))
-    texts = [prompt, EMPTY_PROMPT] if is_guided else [prompt]
-    embeddings = read_prompts(parts, texts, prompt_cache)
-    return Backbone(
-        unet=SatUNet(config, dtype=jnp.dtype(dtype)),
-        unet_params=cast_params(params, dtype),
-        codec=codec,
-        codec_params=codec_params,
-        schedule=parts.schedule,
-        context=embeddings[:1],
-        uncond=embeddings[1:] if is_guided else None,
-    )
+
+    root: str | os.PathLike
+    resolution: int | None
+    prompt: str
+    prompt_cache: str | os.PathLike | None
+    untrained_seed: int | None = None
+    use_metadata: bool = False
+    is_guided: bool = False
+    dtype: str = "float32"
+
+    @functools.cached_property
+    def parts(self) -> Components:
+        return find_components(self.root, self.resolution)
+
+    @functools.cached_property
+    def contexts(self) -> np.ndarray:
+        """Embeddings [1 or 2,S,D] of the prompts; of several processes the first asks the tower."""
+        texts = [self.prompt, EMPTY_PROMPT] if self.is_guided else [self.prompt]
+
+        def read() -> list:
+            return read_prompts(self.parts, texts, self.prompt_cache).tolist()
+
+        return np.asarray(ask_first_for(read, PromptError), np.float32)
+
+    def shapes(self) -> Backbone:
+        """Shapes in place of arrays; only config files are read."""
+        config = read_config(self.parts.unet, "unet")
+        fields = (config.num_metadata or METADATA_FIELDS) if self.use_metadata else 0
+        config = dataclasses.replace(config, num_metadata=fields)
+        # In the compute type: half the memory in bfloat16, nothing is lost twice.
+        dtype = jnp.dtype(self.dtype)
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), unet_shapes(config)
+        )
+        codec = read_codec(self.parts.require("vae"))
+        codec_params = {} if isinstance(codec, SpaceToDepth) else vae_shapes(codec.config)
+        context = jax.ShapeDtypeStruct((1, 77, config.cross_attention_dim), jnp.float32)
+        return Backbone(
+            unet=SatUNet(config, dtype=dtype),
+            unet_params=params,
+            codec=codec,
+            codec_params=codec_params,
+            schedule=self.parts.schedule,
+            context=context,
+            uncond=context if self.is_guided else None,
+        )
+
+    def load(self, mesh: Mesh | None = None) -> Backbone:
+        """The model as host arrays, or on a mesh: a process reads only what lies on its devices.
+
+        Of several processes all must call it first; later one may.
+        """
+        found, parts = self.shapes(), self.parts
+        where, dtype = find_places(found.unet_params, mesh), jnp.dtype(self.dtype)
+        if self.untrained_seed is None:
+            config, uses = found.unet.config, self.use_metadata
+            _, params, _ = load_unet(
+                parts.unet, config, use_metadata=uses, dtype=dtype, shardings=where
+            )
+        else:
+            params = host_init(found.unet_params, self.untrained_seed, shardings=where)
+        codec_params = {}
+        if found.codec_params:
+            where = find_places(found.codec_params, mesh)
+            codec_params = load_vae(parts.require("vae"), found.codec.config, shardings=where)[1]
+        backbone = found.replace(
+            unet_params=params,
+            codec_params=codec_params,
+            context=self.contexts[:1],
+            uncond=self.contexts[1:] if self.is_guided else None,
+        )
+        return backbone if mesh is None else place_backbone(backbone, mesh)
 
 
-def abstract_backbone(
-    root: str | os.PathLike, *, resolution: int | None, use_metadata: bool, dtype: str
-) -> Backbone:
-    """`load_backbone` with shapes in place of arrays; of the folder only config files are read."""
-    parts = find_components(root, resolution)
-    config, folder = read_config(parts.unet, "unet"), parts.require("vae")
-    config = dataclasses.replace(config, num_metadata=config.num_metadata if use_metadata else 0)
-    unet_params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), unet_shapes(config)
-    )
-    if is_weightless(folder):
-        codec, codec_params = load_codec(folder)
-    else:
-        codec = AutoencoderKL(read_config(folder, "vae"))
-        codec_params = vae_shapes(codec.config)
-    context = jax.ShapeDtypeStruct((1, 77, config.cross_attention_dim), jnp.float32)
-    return Backbone(SatUNet(config), unet_params, codec, codec_params, parts.schedule, context)
+def load_backbone(root: str | os.PathLike, **settings) -> Backbone:
+    """The frozen model of a folder as host arrays. settings: those of `BackboneFolder`."""
+    return BackboneFolder(root, **settings).load()
 
 
 def small_backbone(seed: int) -> Backbone:
@@ -130,11 +163,6 @@ def small_backbone(seed: int) -> Backbone:
     )
 
 
-def cast_params(params, dtype: str):
-    """Frozen weights in the compute type: half the memory in bfloat16, nothing is lost twice."""
-    return jax.tree.map(lambda p: np.asarray(p).astype(jnp.dtype(dtype)), params)
-
-
 def read_prompts(parts: Components, texts: Sequence[str], cache=None) -> np.ndarray:
     """Embeddings [n, S, D]: stored beside the weights, else by the text tower, kept in `cache`."""
     stored = parts.root / "prompts"
@@ -149,19 +177,27 @@ def read_prompts(parts: Components, texts: Sequence[str], cache=None) -> np.ndar
     )
 
 
-def place_backbone(backbone: Backbone, mesh) -> Backbone:
+def find_places(tree, mesh: Mesh | None):
+    """Shardings of parameters (arrays or shapes) on a mesh; None without one."""
+    return None if mesh is None else tree_shardings(tree, SHARDING_RULES, mesh)
+
+
+def place_backbone(backbone: Backbone, mesh: Mesh) -> Backbone:
     """The backbone on a mesh: large parameters split over `fsdp`, the rest whole on every device.
 
     Raises ValueError where a large one cannot be split.
     """
-    return put_tree(backbone, tree_shardings(backbone, SHARDING_RULES, mesh))
+    return put_tree(backbone, find_places(backbone, mesh))
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """sha256 over everything that decides what this backbone computes."""
+    """sha256 over everything that decides what this backbone computes, wherever it lies.
+
+    Where processes hold parts of it every one must ask; the host holds one parameter at a time.
+    """
     parts = {
-        "unet": tree_sha256(backbone.unet_params),
-        "codec": tree_sha256(backbone.codec_params) if backbone.codec_params else "",
+        "unet": tree_sha256(backbone.unet_params, gather_array),
+        "codec": tree_sha256(backbone.codec_params, gather_array) if backbone.codec_params else "",
         "config": repr((backbone.unet, backbone.codec, backbone.schedule)),
         "context": tree_sha256({"context": backbone.context}),
         "uncond": "" if backbone.uncond is None else tree_sha256({"uncond": backbone.uncond}),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from common_jax.distributed import check_same, is_any
 from common_jax.sharding import make_mesh, put_batch
@@ -161,18 +164,25 @@ def building_size(batch_size: int) -> int:
 class FeatureMaker:
     """Turns batches into features with one frozen backbone, and keeps caches of them."""
 
-    def __init__(self, backbone: Backbone, config: ExtractConfig, mesh, cache: dict):
-        """cache: {"kind", "dir", "dtype", "workers"}."""
+    def __init__(
+        self, load: Callable[[Mesh], Backbone], config: ExtractConfig, mesh: Mesh, cache: dict
+    ):
+        """load: reads the backbone onto a mesh. cache: {"kind", "dir", "dtype", "workers"}."""
         if cache["kind"] not in CACHES:
             raise ValueError(f"data.cache={cache['kind']!r} is unknown; use one of {CACHES}")
-        self.model = fingerprint(backbone)
-        self.given, self.backbone = backbone, place_backbone(backbone, mesh)
-        self.config, self.mesh, self.cache = config, mesh, cache
+        self.load, self.config, self.mesh, self.cache = load, config, mesh, cache
+        self.model = fingerprint(self.backbone)
 
-    def on(self, mesh) -> FeatureMaker:
-        """The same model on another mesh."""
+    @functools.cached_property
+    def backbone(self) -> Backbone:
+        return self.load(self.mesh)
+
+    def on(self, mesh: Mesh) -> FeatureMaker:
+        """The same model on a mesh of this process alone; of several, each reads the whole."""
         other = copy.copy(self)
-        other.backbone, other.mesh = place_backbone(self.given, mesh), mesh
+        other.mesh, placed = mesh, vars(other).pop("backbone")
+        if jax.process_count() == 1:
+            other.backbone = place_backbone(placed, mesh)
         return other
 
     def features(self, batch):
@@ -204,16 +214,17 @@ class FeatureMaker:
         specs = self._specs(source, side)
         # Every process fills its own shards at its own pace: nothing global may be computed here.
         local = make_mesh(devices=jax.local_devices())
-        backbone = place_backbone(self.given, local)
+        extra = [field.name for field in specs[0].fields if field.name == "metadata"]
 
         def put(batch):
             return put_batch({k: v for k, v in batch.items() if k != "label"}, local)
 
-        encode = make_encoder(backbone, self.config, specs[0], put)
-        extra = [field.name for field in specs[0].fields if field.name == "metadata"]
+        @functools.cache
+        def encoder() -> Encode:  # made, and weights read, only where a shard is missing
+            return make_encoder(self.on(local).backbone, self.config, specs[0], put)
 
         def encode_features(batch):
-            return [*encode(batch), *(batch[name] for name in extra)]
+            return [*encoder()(batch), *(batch[name] for name in extra)]
 
         transform = ToProbeInput(side, bool(extra))
         jobs = [(specs[0], encode_features, transform), (specs[1], _take_label, _keep_label)]

@@ -8,15 +8,15 @@ standard deviation over space; segmentation reads the channels themselves at eve
     segmentation    decoder/linear_{s}/kernel [T*C_s, K], decoder/bias [K]
                     feature_stats/decoder/{mean_{s}, std_{s}} [T*C_s]
 
-`probe_inputs` gives the vectors; their moments over a training set come from `batch_moments` and
-`merge_moments`, `stats_from_moments` turns those into the state above.
+`probe_inputs` gives the vectors, `feature_stats` reads a training set for the state above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,6 +74,15 @@ class LinearProbe(nn.Module):
             layer = nn.Dense(self.num_classes, use_bias=False, name=f"linear_{s}")
             logits = logits + resize_bilinear(layer(x), side)
         return logits
+
+
+def feature_stats(batches: Iterable, *, segments: bool) -> dict:
+    """feature_stats of a head from batches of a training set: `features` and `mask`."""
+    moments = jax.jit(lambda f, mask: batch_moments(probe_inputs(f, segments=segments), mask))
+    total = None
+    for batch in batches:
+        total = merge_moments(total, moments(batch["features"], batch["mask"]))
+    return stats_from_moments(total, segments=segments)
 
 
 def batch_moments(inputs: Sequence, mask) -> list[tuple]:

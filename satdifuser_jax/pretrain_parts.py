@@ -15,11 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common_jax.init import host_init
-from common_jax.sharding import tree_shardings
 from common_jax.weights import flatten, unflatten
-from satdifuser_jax.backbone import load_codec
-from satdifuser_jax.blocks import SHARDING_RULES
-from satdifuser_jax.components import find_components, is_weightless
+from satdifuser_jax.backbone import METADATA_FIELDS, find_places, read_codec
+from satdifuser_jax.components import find_components
 from satdifuser_jax.convert import load_text_encoder, load_unet, load_vae, read_config
 from satdifuser_jax.prompts import PromptTokenizer, load_tokenizer
 from satdifuser_jax.schedule import Schedule
@@ -28,7 +26,6 @@ from satdifuser_jax.torch_names import METADATA
 from satdifuser_jax.unet import UNetConfig, unet_shapes
 from satdifuser_jax.vae import AutoencoderKL, SpaceToDepth, VAEConfig, vae_shapes
 
-FIELDS = 7  # longitude, latitude, GSD, cloud cover, year, month, day
 SD21 = "sd21"  # a part of these sizes whose weights are not at hand: enough to plan a run
 NO_TEXT = "none"
 
@@ -74,7 +71,7 @@ def find_parts(model, side: int) -> Parts:
     codec, text = _find_codec(model, folders), _find_text(model, folders)
     width = text.hidden_size if text else model.context_dim
     if "unet" in folders:
-        fields = FIELDS if model.metadata else 0
+        fields = METADATA_FIELDS if model.metadata else 0
         unet = read_config(folders["unet"], "unet")
         # The side that its export draws by default is the one of this run.
         latent = side // codec.factor
@@ -89,9 +86,7 @@ def _find_codec(model, folders):
     if "vae" not in folders:
         sd21 = AutoencoderKL(VAEConfig(), dtype=jnp.dtype(model.vae_dtype))
         return sd21 if model.vae == SD21 else SpaceToDepth(model.patch)
-    if is_weightless(folders["vae"]):
-        return load_codec(folders["vae"])[0]
-    return AutoencoderKL(read_config(folders["vae"], "vae"), dtype=jnp.dtype(model.vae_dtype))
+    return read_codec(folders["vae"], jnp.dtype(model.vae_dtype))
 
 
 def _find_text(model, folders) -> TextConfig | None:
@@ -131,7 +126,7 @@ def unet_config(model, latent_channels: int, context_dim: int, latent_side: int)
         in_channels=latent_channels,
         out_channels=latent_channels,
         sample_size=latent_side,
-        num_metadata=FIELDS if model.metadata else 0,
+        num_metadata=METADATA_FIELDS if model.metadata else 0,
     )
 
 
@@ -141,7 +136,7 @@ def load_unet_params(parts: Parts, seed: int, mesh: Mesh | None = None) -> dict:
     Metadata embeddings that the weights lack (those of Stable Diffusion) get initial values.
     """
     shapes = unet_shapes(parts.unet)
-    where = _find_places(shapes, mesh)
+    where = find_places(shapes, mesh)
     if "unet" not in parts.folders:
         # A zero output layer starts the loss at the variance of the target (Ho et al. 2020).
         rule = r"^conv_out/", lambda rng, shape: np.zeros(shape)
@@ -163,20 +158,16 @@ def load_codec_params(parts: Parts, dtype: str = "float32", mesh: Mesh | None = 
     if isinstance(parts.codec, SpaceToDepth):
         return {}
     folder, config = parts.require("vae", "model.vae"), parts.codec.config
-    where = _find_places(vae_shapes(config), mesh)
+    where = find_places(vae_shapes(config), mesh)
     return load_vae(folder, config, dtype=jnp.dtype(dtype), shardings=where)[1]
 
 
 def load_text(parts: Parts, dtype: str, mesh: Mesh | None = None) -> TextTower:
     """The frozen text tower in `dtype`, its parameters on a mesh or as host arrays."""
     folder, dtype = parts.require("text_encoder", "model.text"), jnp.dtype(dtype)
-    where = _find_places(text_encoder_shapes(parts.text), mesh)
+    where = find_places(text_encoder_shapes(parts.text), mesh)
     _, params, _ = load_text_encoder(folder, parts.text, dtype=dtype, shardings=where)
     return TextTower(CLIPTextModel(parts.text, dtype=dtype), params)
-
-
-def _find_places(shapes: dict, mesh: Mesh | None) -> dict | None:
-    return None if mesh is None else tree_shardings(shapes, SHARDING_RULES, mesh)
 
 
 def load_words(parts: Parts) -> PromptTokenizer:

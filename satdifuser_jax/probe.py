@@ -15,7 +15,7 @@ from data.catalog import SCENES, defaults, open_source
 from data.folders import open_pictures
 from data.pipeline import eval_batches
 from data.transforms import PublishedAugment
-from satdifuser_jax.backbone import load_backbone, small_backbone
+from satdifuser_jax.backbone import BackboneFolder, place_backbone, small_backbone
 from satdifuser_jax.convert_heads import load_head
 from satdifuser_jax.extract import Backbone
 from satdifuser_jax.extract_config import NO_GUIDANCE, ExtractConfig
@@ -27,12 +27,7 @@ from satdifuser_jax.inference import (
     predict_pictures,
     remember_labels,
 )
-from satdifuser_jax.linear_probe import (
-    batch_moments,
-    merge_moments,
-    probe_inputs,
-    stats_from_moments,
-)
+from satdifuser_jax.linear_probe import feature_stats
 from satdifuser_jax.losses import head_loss
 from satdifuser_jax.probe_plan import plan_probe
 from satdifuser_jax.probe_report import write_report
@@ -103,12 +98,9 @@ class ProbeTask(Task):
         return self.config.model.prompt or defaults(self.config.data.name).prompt
 
     @functools.cached_property
-    def backbone(self) -> Backbone:
+    def folder(self) -> BackboneFolder:
         model, data = self.config.model, self.config.data
-        if not model.weights:
-            say("model.weights is empty: a small UNet with random weights stands in")
-            return small_backbone(self.config.seed)
-        return load_backbone(
+        return BackboneFolder(
             model.weights,
             resolution=self.asked_side or None,
             prompt=self.prompt,
@@ -118,6 +110,19 @@ class ProbeTask(Task):
             is_guided=model.guidance_scale != NO_GUIDANCE,
             dtype=model.dtype,
         )
+
+    @functools.cached_property
+    def backbone(self) -> Backbone:
+        """The frozen model by its shapes; `open_backbone` reads its weights."""
+        is_given = self.config.model.weights
+        return self.folder.shapes() if is_given else small_backbone(self.config.seed)
+
+    def load_backbone(self, mesh) -> Backbone:
+        """The frozen model on a mesh; each process reads only what lies on its devices."""
+        if self.config.model.weights:
+            return self.folder.load(mesh)
+        say("model.weights is empty: a small UNet with random weights stands in")
+        return place_backbone(self.backbone, mesh)
 
     @functools.cached_property
     def extract_config(self) -> ExtractConfig:
@@ -198,12 +203,12 @@ class ProbeTask(Task):
     # -- seam ------------------------------------------------------------------------------
 
     def open_backbone(self, mesh) -> FeatureMaker:
-        """Put the frozen model on a mesh; `encode` and `predict` work from here on."""
+        """Read the frozen model onto a mesh; `encode` and `predict` work from here on."""
         data = self.config.data
         cache = {"kind": data.cache, "dir": data.cache_dir, "dtype": data.cache_dtype}
         cache["workers"] = data.workers
         self.mesh = mesh
-        self.maker = FeatureMaker(self.backbone, self.extract_config, mesh, cache)
+        self.maker = FeatureMaker(self.load_backbone, self.extract_config, mesh, cache)
         return self.maker
 
     def prepare(self, mesh, batches):
@@ -236,16 +241,10 @@ class ProbeTask(Task):
             return load_head(self.config.model.head, self.spec)
         params, state = init_head(self.spec, seed)
         if self.spec.fuser == "linear":
-            state = {"feature_stats": self._feature_stats()}
+            examples = self.batches(self.cached["train"], self.transforms("val"))
+            stats = feature_stats(map(self.encode, examples), segments=self.spec.segments)
+            state = {"feature_stats": stats}
         return params, state
-
-    def _feature_stats(self):
-        segments, total = self.spec.segments, None
-        moments = jax.jit(lambda f, mask: batch_moments(probe_inputs(f, segments=segments), mask))
-        for batch in self.batches(self.cached["train"], self.transforms("val")):
-            encoded = self.encode(batch)
-            total = merge_moments(total, moments(encoded["features"], encoded["mask"]))
-        return stats_from_moments(total, segments=segments)
 
     def encode(self, batch):
         kept = {k: batch[k] for k in ("label", "mask", "index") if k in batch}

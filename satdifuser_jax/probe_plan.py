@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from common_jax.task import PlanRow
-from satdifuser_jax.backbone import abstract_backbone
 from satdifuser_jax.heads import head_shapes
 from satdifuser_jax.inference import Labels
 
@@ -14,16 +13,9 @@ from satdifuser_jax.inference import Labels
 def plan_probe(task, known) -> list[PlanRow]:
     """Rows of a ProbeTask. known: data.catalog.Defaults of its dataset, which then need not exist.
 
-    The task holds shapes in place of weights afterwards: it is good for nothing else.
+    The task knows its labels by the name of the dataset afterwards.
     """
-    model, data = task.config.model, task.config.data
-    if model.weights:
-        task.backbone = abstract_backbone(
-            model.weights,
-            resolution=task.asked_side or None,
-            use_metadata=model.metadata != "none",
-            dtype=model.dtype,
-        )
+    data = task.config.data
     if known.native_side:
         task.labels = Labels(known.task, known.classes, known.native_side)
     backbone, spec = task.backbone, task.spec

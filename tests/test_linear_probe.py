@@ -12,9 +12,9 @@ from common_jax.logistic import decide, fit_logistic
 from satdifuser_jax.heads import Head, init_head
 from satdifuser_jax.linear_probe import (
     batch_moments,
+    feature_stats,
     merge_moments,
     pool_taps,
-    probe_inputs,
     stats_from_moments,
 )
 
@@ -33,20 +33,19 @@ def test_a_constant_map_has_a_finite_gradient():
     assert np.isfinite(grad).all()
 
 
-def feature_stats(spec, features, batch=2):
-    moments = None
-    for start in range(0, len(features[0]), batch):
-        rows = np.arange(start, start + batch)
-        mask = rows < len(features[0])
-        part = [x[np.minimum(rows, len(x) - 1)] for x in features]
-        inputs = probe_inputs(part, segments=spec.segments)
-        moments = merge_moments(moments, batch_moments(inputs, jnp.asarray(mask)))
-    return stats_from_moments(moments, segments=spec.segments)
+def stats_of(spec, features, batch=2):
+    def batches():
+        for start in range(0, len(features[0]), batch):
+            rows = np.arange(start, start + batch)
+            part = [x[np.minimum(rows, len(x) - 1)] for x in features]
+            yield {"features": part, "mask": jnp.asarray(rows < len(features[0]))}
+
+    return feature_stats(batches(), segments=spec.segments)
 
 
 def test_statistics_over_padded_batches_equal_numpy_over_the_set():
     features = make_features(SPEC, batch=5)
-    stats = feature_stats(SPEC, features)["decoder"]
+    stats = stats_of(SPEC, features)["decoder"]
     pooled = np.asarray(pool_taps(features)).reshape(5, -1).astype(np.float64)
     assert rel_error(stats["mean"], pooled.mean(0)) < 1e-5
     assert rel_error(stats["std"], pooled.std(0)) < 1e-5
@@ -69,7 +68,7 @@ def test_a_channel_that_never_varies_is_left_as_it_is():
 def test_a_fitted_logistic_regression_is_a_head():
     features = make_features(SPEC, batch=24)
     labels = np.arange(24) % SPEC.num_classes
-    stats = feature_stats(SPEC, features, batch=8)
+    stats = stats_of(SPEC, features, batch=8)
     pooled = np.asarray(pool_taps(features)).reshape(24, -1)
     scaled = (pooled - stats["decoder"]["mean"]) / stats["decoder"]["std"]
     weights = fit_logistic(scaled, labels, SPEC.num_classes, 1e-2).astype(np.float32)
@@ -85,7 +84,7 @@ def test_segmentation_probe_reads_channels_at_every_position():
     spec = make_spec(fuser="linear", task="segmentation", output_side=6)
     features = make_features(spec, batch=2)
     params, state = init_head(spec, 0)
-    state = {"feature_stats": feature_stats(spec, features)}
+    state = {"feature_stats": stats_of(spec, features)}
     logits, _ = jax.jit(lambda v, f: Head(spec).apply(v, f))({"params": params, **state}, features)
     stats, layers = state["feature_stats"]["decoder"], params["decoder"]
     fine = features[0].transpose(0, 2, 3, 1, 4).reshape(2, 6, 6, -1)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from test_train_loop import PIPELINE, losses
+from tiny_pipeline import store_prompts, write_pipeline
 
+from common_jax.files import read_json
 from common_jax.sharding import make_mesh
 from common_jax.train_loop import train
 from data.pipeline import eval_batches
@@ -14,7 +19,8 @@ from satdifuser_jax import feature_source
 from satdifuser_jax.extract import features_at
 from satdifuser_jax.probe import ProbeTask
 from satdifuser_jax.probe_report import write_report
-from tests.small_probe import small_config
+from tests.hosts import ROOT, find_port
+from tests.small_probe import SIDE, small_config
 
 
 def probe(workdir, arg="tiny", **changes):
@@ -66,6 +72,48 @@ def test_one_of_several_processes_draws_its_report_on_a_device_of_its_own(tmp_pa
     assert (tmp_path / "figures" / "mixing_weights.png").exists()
     assert seen and set.union(*seen) == {jax.local_devices()[0]}
     assert task.maker.backbone is None  # the task itself stays as it is
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_a_backbone_each_train_like_one_with_the_whole(tmp_path):
+    store_prompts(write_pipeline(tmp_path / "pipeline"), "A satellite image")
+    runs = {count: run_probe(tmp_path, count) for count in (1, 2)}
+    np.testing.assert_allclose(list(runs[2].values()), list(runs[1].values()), rtol=1e-5)
+    models = [read_json(tmp_path / f"run{count}" / "labels.json")["backbone"] for count in runs]
+    assert models[0] == models[1]
+    assert (tmp_path / "run2" / "figures" / "mixing_weights.png").exists()
+
+
+def run_probe(folder, count):
+    """Losses of a run in `count` processes of one device each; all of them fill its cache."""
+    settings = {"model.weights": folder / "pipeline", "mesh.fsdp": count, "data.side": SIDE}
+    settings |= {"data.cache": "latents", "data.cache_dir": folder / f"cache{count}"}
+    settings |= {"model.mode": "noising", "model.timesteps": "(21,)"}
+    command = [sys.executable, "launch.py", "train", f"--workdir={folder}/run{count}"]
+    command += ["--config=configs/satdifuser_probe.py:tiny", f"--num_processes={count}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    place = f"--coordinator=localhost:{find_port()}"
+    # The last of two values counts: those of the suite compile faster.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [*command, *([place, f"--process_id={i}"] if count > 1 else [])],
+            cwd=ROOT,
+            env=env,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        errors = [host.communicate(timeout=300)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0] * count, errors
+    return losses(folder / f"run{count}")
 
 
 def test_experts_that_depend_on_the_whole_batch_are_not_split():

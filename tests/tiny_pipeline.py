@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from satdifuser_jax.convert import export_pipeline, load_text_encoder, load_unet, load_vae
+from satdifuser_jax.prompts import save_embedding
 from satdifuser_jax.schedule import Schedule
 from satdifuser_jax.text_encoder import TextConfig, init_text_encoder
 from satdifuser_jax.unet import UNetConfig, init_unet
@@ -56,6 +57,15 @@ def write_pipeline(folder: Path) -> Path:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.json").write_text("{}")
     return folder
+
+
+def store_prompts(folder: Path, *prompts: str) -> None:
+    """Random embeddings of prompts in a pipeline folder, so that no text tower is asked."""
+    rng = np.random.default_rng(0)
+    for number, prompt in enumerate(prompts):
+        embedding = rng.standard_normal((TEXT.max_position_embeddings, TEXT.hidden_size))
+        file = folder / "prompts" / f"prompt-{number}.npz"
+        save_embedding(file, prompt, embedding.astype(np.float32), "none")
 
 
 def edit(file, change) -> None:
