@@ -95,8 +95,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", declare, shape).astype(self.dtype)
-        bias = self.param("bias", declare, (self.features,)).astype(self.dtype)
+        kernel = declare(self, "kernel", shape).astype(self.dtype)
+        bias = declare(self, "bias", (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
             y = jnp.dot(x, kernel[0, 0])
@@ -113,8 +113,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", declare, (x.shape[-1],))
-        bias = self.param("bias", declare, (x.shape[-1],))
+        scale = declare(self, "scale", (x.shape[-1],))
+        bias = declare(self, "bias", (x.shape[-1],))
         wide = x.astype(jnp.float32)
         mean = self._per_group(wide.mean((1, 2)))
         # Two passes: E[x^2] - E[x]^2 loses digits where a map's mean is far from zero.

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from common_jax.layers import declare
 from satdifuser_jax.residual_block import BlockShape, block_backward, block_forward
 
 
@@ -61,8 +62,8 @@ class _Affine(nn.Module):
 
     @nn.compact
     def __call__(self):
-        scale = self.param("scale", nn.initializers.ones, self.shape)
-        return {"scale": scale, "bias": self.param("bias", nn.initializers.zeros, self.shape)}
+        scale = declare(self, "scale", self.shape)
+        return {"scale": scale, "bias": declare(self, "bias", self.shape)}
 
 
 class _Convolution(nn.Module):
@@ -70,7 +71,7 @@ class _Convolution(nn.Module):
 
     @nn.compact
     def __call__(self):
-        kernel = self.param("kernel", nn.initializers.zeros, self.shape)
+        kernel = declare(self, "kernel", self.shape)
         return {"kernel": kernel, "norm": _Affine((self.shape[0], self.shape[-1]), name="norm")()}
 
 
@@ -81,8 +82,8 @@ class KernelBias(nn.Module):
 
     @nn.compact
     def __call__(self):
-        kernel = self.param("kernel", nn.initializers.zeros, self.shape)
-        bias = self.param("bias", nn.initializers.zeros, self.shape[-1:])
+        kernel = declare(self, "kernel", self.shape)
+        bias = declare(self, "bias", self.shape[-1:])
         return {"kernel": kernel, "bias": bias}
 
 

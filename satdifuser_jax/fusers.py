@@ -27,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from common_jax.layers import declare
 from satdifuser_jax.bottlenecks import (
     BottleneckStack,
     KernelBias,
@@ -83,7 +84,7 @@ class GlobalWeighted(_Projector):
     def __call__(self, features, *, pooled=False, train=False, phase=None, mask=None):
         groups, (batch, keys) = group_taps(self.scales), features[0].shape[:2]
         taps = sum(group.count for group in groups)
-        logits = self.param("mixing_weights", nn.initializers.ones, (keys * taps,))
+        logits = declare(self, "mixing_weights", (keys * taps,))
         mixing = nn.softmax(logits.astype(jnp.float32))
         weights = mixing.reshape(keys, taps).T
         pyramid = [0.0] * len(self.scales)
@@ -259,7 +260,7 @@ class _ScaleExperts(nn.Module):
         return {
             "experts": BottleneckStack(self.block, name="experts")(),
             "gate": KernelBias(shape, name="gate_network")(),
-            "temperature": self.param("temperature", nn.initializers.ones, ()),
+            "temperature": declare(self, "temperature", ()),
         }
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common_jax.layers import declare
 from satdifuser_jax.upernet import resize_bilinear
 
 
@@ -67,7 +68,7 @@ class LinearProbe(nn.Module):
             scaled.append((x - mean.value) / std.value)
         if not segments:
             return nn.Dense(self.num_classes, name="linear")(scaled[0])
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        bias = declare(self, "bias", (self.num_classes,))
         side = (self.output_side,) * 2
         logits = bias
         for s, x in enumerate(scaled):

@@ -74,7 +74,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.param("embedding", declare, (self.count, self.width))[ids]
+        return declare(self, "embedding", (self.count, self.width))[ids]
 
 
 class Embeddings(nn.Module):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common_jax.layers import declare
+
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 
@@ -49,8 +51,8 @@ class MaskedBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask=None):
-        scale = self.param("scale", nn.initializers.ones, (self.features,))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        scale = declare(self, "scale", (self.features,))
+        bias = declare(self, "bias", (self.features,))
         kept_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,))
         kept_var = self.variable("batch_stats", "var", jnp.ones, (self.features,))
         x = x.astype(jnp.float32)
@@ -105,8 +107,8 @@ class Upsample2(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (2, 2, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        kernel = declare(self, "kernel", shape).astype(self.dtype)
+        bias = declare(self, "bias", (self.features,)).astype(self.dtype)
         b, h, w, _ = x.shape
         y = jnp.einsum("bhwc,ijcd->bhiwjd", x.astype(self.dtype), kernel)
         return y.reshape(b, 2 * h, 2 * w, self.features) + bias
