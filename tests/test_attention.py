@@ -15,6 +15,7 @@ from common_jax import attention
 from common_jax.attention import attend, attend_kept, planned_for
 from common_jax.layers import remat_policy
 
+run = jax.jit(attend, static_argnames=("causal", "implementation"))  # tests block alike
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 12, 10, 3, 8
 
 
@@ -54,7 +55,7 @@ def test_attention_equals_the_formula(implementation, masking):
     causal = masking in ("causal", "both")
     q, k, v = inputs(KEYS if causal else QUERIES)
     lengths = np.array([4, KEYS]) if masking in ("lengths", "both") else None
-    out = attend(q, k, v, lengths=lengths, causal=causal, implementation=implementation)
+    out = run(q, k, v, lengths=lengths, causal=causal, implementation=implementation)
     assert rel_error(out, reference(q, k, v, lengths, causal)) < 2e-6
 
 
@@ -68,7 +69,7 @@ TURNS = (
 @pytest.mark.parametrize("lengths", [None, np.array([4, KEYS])], ids=["all", "lengths"])
 def test_a_query_sees_its_own_and_earlier_turns(implementation, lengths):
     q, k, v = inputs()
-    out = attend(q, k, v, lengths=lengths, turns=TURNS, implementation=implementation)
+    out = run(q, k, v, lengths=lengths, turns=TURNS, implementation=implementation)
     expected = reference(q, k, v, lengths, turns=TURNS)
     assert rel_error(out, expected) < 2e-6
     assert rel_error(expected, reference(q, k, v, lengths)) > 0.1
@@ -79,13 +80,13 @@ def test_attention_equals_torch():
     tensors = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*tensors).transpose(1, 2)
     for implementation in ("xla", "chunked", "sliced", "blocked"):
-        assert rel_error(attend(q, k, v, implementation=implementation), expected) < 2e-6
+        assert rel_error(run(q, k, v, implementation=implementation), expected) < 2e-6
 
 
 def test_heads_are_sliced_in_pairs_where_their_number_is_even():
     q, k, v = (x.repeat(2, axis=2) * np.arange(1, 7)[:, None] for x in inputs())
     lengths = np.array([4, KEYS])
-    out = attend(q, k, v, lengths=lengths, turns=TURNS, implementation="sliced")
+    out = run(q, k, v, lengths=lengths, turns=TURNS, implementation="sliced")
     assert rel_error(out, reference(q, k, v, lengths, turns=TURNS)) < 2e-6
 
 
@@ -95,7 +96,7 @@ def test_kept_keys_are_seen_as_if_they_stood_behind_the_own_ones(lengths, turns)
     q, k, v = inputs()
     own, first = [x[:, :4, :1] for x in (k, v)], 4  # one group for all heads
     kept = k[:, first:, :1].transpose(0, 2, 3, 1), v[:, first:, :1].transpose(0, 2, 1, 3)
-    out = attend_kept(q, own, kept, lengths=lengths, turns=turns)
+    out = jax.jit(attend_kept)(q, own, kept, lengths=lengths, turns=turns)
     k, v = (x[:, :, :1].repeat(HEADS, axis=2) for x in (k, v))
     assert rel_error(out, reference(q, k, v, lengths, turns=turns)) < 2e-6
 
@@ -110,7 +111,7 @@ def test_gradients_equal_those_of_xla(implementation, turns):
             out = attend(*qkv, turns=turns, implementation=implementation)
             return jnp.sum(jnp.sin(out))
 
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     for ours, theirs in zip(gradients(implementation), gradients("xla")):
         assert rel_error(ours, theirs) < 2e-6
@@ -122,8 +123,8 @@ def test_a_key_beyond_its_length_changes_nothing():
     changed = v.copy()
     changed[0, 4:] = changed[1, 7:] = 1e3
     for implementation in ("xla", "chunked", "sliced", "blocked"):
-        before = attend(q, k, v, lengths=lengths, implementation=implementation)
-        after = attend(q, k, changed, lengths=lengths, implementation=implementation)
+        before = run(q, k, v, lengths=lengths, implementation=implementation)
+        after = run(q, k, changed, lengths=lengths, implementation=implementation)
         np.testing.assert_array_equal(before, after)
 
 
@@ -149,7 +150,7 @@ def test_no_accelerator_holds_all_scores_of_long_sequences(scores, monkeypatch):
 def test_low_precision_inputs_keep_their_dtype():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs())
     for implementation in ("xla", "chunked", "sliced", "blocked"):
-        out = attend(q, k, v, implementation=implementation)
+        out = run(q, k, v, implementation=implementation)
         assert out.dtype == jnp.bfloat16
         assert rel_error(out.astype(jnp.float32), reference(q, k, v)) < 2e-2
 
@@ -176,11 +177,13 @@ def test_odd_lengths_are_made_even_without_a_trace_for_kernels_that_need_it(size
     def loss(attend):
         return lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, lengths, False, turns, "xla")))
 
-    out = attention._attend_even(q, k, v, lengths, False, turns, "xla")
+    out = jax.jit(attention._attend_even, static_argnums=(4, 6))(
+        q, k, v, lengths, False, turns, "xla"
+    )
     assert out.shape == q.shape
     assert rel_error(out, reference(q, k, v, lengths, turns=turns)) < 2e-6
     ours, theirs = (
-        jax.grad(loss(attend), (0, 1, 2))(q, k, v)
+        jax.jit(jax.grad(loss(attend), (0, 1, 2)))(q, k, v)
         for attend in (attention._attend_even, attention._attend_whole)
     )
     for mine, other in zip(ours, theirs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,7 @@ def place(ids: np.ndarray, layout) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in arrays.items()}
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def run_core(params, config, x):
     """Embeddings -> (hidden, logits)"""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])

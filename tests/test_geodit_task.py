@@ -53,14 +53,14 @@ def batch(sft):
     return batch_of(sft)
 
 
-LEARNING = {"data.size": 4, "optim.lr": 3e-3, "optim.schedule": "constant", "eval.every": 20}
+LEARNING = {"data.size": 4, "optim.lr": 3e-3, "optim.schedule": "constant", "eval.every": 12}
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run on four examples."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    config = tiny(**LEARNING, **{"optim.steps": 40, "checkpoint.every": 20})
+    config = tiny(**LEARNING, **{"optim.steps": 24, "checkpoint.every": 12})
     assert train(launch.make_task(config), config, str(folder), PIPELINE) == 0
     return folder
 

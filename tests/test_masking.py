@@ -195,13 +195,17 @@ def test_losses_and_gradients_of_every_part_equal_the_published_training(folder)
 
 
 # --------------------------------------------------------------------------------- forward process
+draw = jax.jit(draw_masks, static_argnames=("group", "at_least_one"))
+loss_in_rows = jax.jit(masked_loss, static_argnames="rows")
+
+
 def targets_of(rows, length=400, every=2):
     return jnp.broadcast_to(jnp.arange(length) % every == 0, (rows, length))
 
 
 def test_targets_are_masked_with_probability_p_and_nothing_else_is():
     targets = targets_of(64)
-    masks = draw_masks(KEY, jnp.arange(64), targets)
+    masks = draw(KEY, jnp.arange(64), targets)
     assert not (masks.where & ~targets).any()
     share = masks.where.sum(1) / targets.sum(1)
     # 200 draws a row: three standard deviations of a share are at most 0.11.
@@ -212,8 +216,8 @@ def test_targets_are_masked_with_probability_p_and_nothing_else_is():
 
 def test_the_masks_of_an_example_do_not_depend_on_its_batch():
     targets = targets_of(8)
-    whole = draw_masks(KEY, jnp.arange(8), targets, group=4)
-    part = draw_masks(KEY, jnp.arange(3, 5), targets[3:5], group=4)
+    whole = draw(KEY, jnp.arange(8), targets, group=4)
+    part = draw(KEY, jnp.arange(3, 5), targets[3:5], group=4)
     np.testing.assert_array_equal(whole.where[3:5], part.where)
     np.testing.assert_array_equal(whole.p[3:5], part.p)
 
@@ -231,8 +235,8 @@ def test_grouped_times_are_evenly_spread_and_change_between_groups():
 def test_at_least_one_target_is_masked_where_there_is_one():
     targets = jnp.concatenate([targets_of(63, 40), jnp.zeros((1, 40), bool)])
     index, t = jnp.arange(64), jnp.zeros(64)
-    few = draw_masks(KEY, index, targets, t=t)
-    some = draw_masks(KEY, index, targets, t=t, at_least_one=True)
+    few = draw(KEY, index, targets, t=t)
+    some = draw(KEY, index, targets, t=t, at_least_one=True)
     assert not few.where.any(1).all()
     np.testing.assert_array_equal(some.where.any(1), targets.any(1))
     assert not (some.where & ~targets).any()
@@ -241,7 +245,7 @@ def test_at_least_one_target_is_masked_where_there_is_one():
 
 def test_a_copy_and_its_complement_mask_every_target_once():
     targets = targets_of(16)
-    masks = draw_masks(KEY, jnp.arange(16), targets)
+    masks = draw(KEY, jnp.arange(16), targets)
     other = complement(masks, targets)
     np.testing.assert_array_equal(masks.where ^ other.where, targets)
     np.testing.assert_allclose(other.p, np.maximum(1 - masks.p, 1e-3))
@@ -255,7 +259,7 @@ def problem(batch=4, length=24, width=16, vocab=40):
     labels[:, :7] = IGNORED
     labels[2] = IGNORED  # a row without targets
     core = {"lm_head": {"kernel": rng.normal(size=(width, vocab)).astype(np.float32)}}
-    masks = draw_masks(KEY, jnp.arange(batch), labels != IGNORED)
+    masks = draw(KEY, jnp.arange(batch), labels != IGNORED)
     return core, jnp.asarray(hidden), jnp.asarray(labels), masks
 
 
@@ -304,9 +308,9 @@ def test_the_gradient_of_a_head_is_made_in_parts_of_whole_tiles():
 
 def test_rows_of_a_batch_add_up_so_microbatches_are_exact():
     core, hidden, labels, masks = problem()
-    whole = masked_loss(core, hidden, labels, masks).total
+    whole = loss_in_rows(core, hidden, labels, masks).total
     parts = [
-        masked_loss(core, hidden[s], labels[s], Masks(masks.where[s], masks.p[s])).total
+        loss_in_rows(core, hidden[s], labels[s], Masks(masks.where[s], masks.p[s])).total
         for s in (slice(0, 1), slice(1, 4))
     ]
     np.testing.assert_allclose(float(whole), float(sum(parts)), rtol=1e-6)
@@ -314,7 +318,7 @@ def test_rows_of_a_batch_add_up_so_microbatches_are_exact():
 
 def test_nll_and_hits_are_those_of_masked_targets_in_their_places():
     core, hidden, labels, masks = problem()
-    found = masked_loss(core, hidden, labels, masks, rows=5)
+    found = loss_in_rows(core, hidden, labels, masks, rows=5)
     logits = hidden @ core["lm_head"]["kernel"]
     right = (logits.argmax(-1) == labels) & masks.where
     np.testing.assert_array_equal(found.hits, right.astype(np.float32))
@@ -330,7 +334,7 @@ def test_expected_loss_of_a_constant_model_is_the_same_at_every_time():
 
     @jax.jit
     def mean_at(t):
-        masks = draw_masks(KEY, jnp.arange(rows), labels != IGNORED, t=jnp.full(rows, t))
+        masks = draw(KEY, jnp.arange(rows), labels != IGNORED, t=jnp.full(rows, t))
         return masked_loss(core, hidden, labels, masks).total / rows
 
     for t in (0.05, 0.3, 0.7, 1.0):
@@ -343,7 +347,7 @@ def test_no_array_of_all_logits_and_no_gradient_of_a_frozen_head_exist():
     batch, length, width, vocab = 2, 64, 8, 97
     hidden = jnp.ones((batch, length, width))
     labels = jnp.zeros((batch, length), jnp.int32)
-    masks = draw_masks(KEY, jnp.arange(batch), labels != IGNORED)
+    masks = draw(KEY, jnp.arange(batch), labels != IGNORED)
     core = {"lm_head": {"kernel": jnp.ones((width, vocab))}}
 
     def text_of(argnums):
