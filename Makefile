@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 
 # Large arrays in huge pages, see common_jax/host_memory.py.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Runs and tests start many processes: kept bytecode serves them all (in __pycache__, `make clean`).
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: quickstart quickstart-geodit test lint slow lock clean
 
@@ -56,3 +58,4 @@ lock:
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -9,9 +9,14 @@ from data.scene_canvas import BUILDING, PAVED, TREES, WATER
 from data.scene_layouts import LAYOUTS
 from data.scenes import draw_scene
 
-SEEN = {
-    name: [draw_scene(1, "train", k + 8 * n) for n in range(25)] for k, name in enumerate(LAYOUTS)
-}
+
+@pytest.fixture(scope="module")
+def seen():
+    """25 scenes of each layout."""
+    return {
+        name: [draw_scene(1, "train", k + 8 * n) for n in range(25)]
+        for k, name in enumerate(LAYOUTS)
+    }
 
 
 def share(scenes, cover):
@@ -22,24 +27,24 @@ def number(scenes, kind):
     return np.array([sum(thing.kind == kind for thing in scene.things) for scene in scenes])
 
 
-def test_each_class_has_what_names_it():
-    assert (share(SEEN["forest"], TREES) > 0.15).all()
-    assert (share(SEEN["river"], WATER) > 0.02).all()
-    assert (share(SEEN["harbour"], WATER) > 0.08).all()
+def test_each_class_has_what_names_it(seen):
+    assert (share(seen["forest"], TREES) > 0.15).all()
+    assert (share(seen["river"], WATER) > 0.02).all()
+    assert (share(seen["harbour"], WATER) > 0.08).all()
     for name in ("airport", "highway"):
-        assert (share(SEEN[name], PAVED) > 0.06).all()
+        assert (share(seen[name], PAVED) > 0.06).all()
     for name in ("industrial", "residential"):
-        assert (share(SEEN[name], BUILDING) > 0.01).all()
-    assert np.mean(number(SEEN["airport"], "plane") > 0) > 0.8
-    assert np.mean(number(SEEN["harbour"], "boat") > 0) > 0.8
-    assert np.median(number(SEEN["residential"], "building")) > 8
+        assert (share(seen[name], BUILDING) > 0.01).all()
+    assert np.mean(number(seen["airport"], "plane") > 0) > 0.8
+    assert np.mean(number(seen["harbour"], "boat") > 0) > 0.8
+    assert np.median(number(seen["residential"], "building")) > 8
 
 
-def test_covers_overlap_between_classes():
+def test_covers_overlap_between_classes(seen):
     """No class owns a cover: amounts of one class lie inside those of another."""
-    assert share(SEEN["highway"], TREES).max() > share(SEEN["forest"], TREES).min()
-    assert share(SEEN["river"], WATER).max() > share(SEEN["harbour"], WATER).min()
-    assert share(SEEN["industrial"], PAVED).max() > np.median(share(SEEN["airport"], PAVED))
+    assert share(seen["highway"], TREES).max() > share(seen["forest"], TREES).min()
+    assert share(seen["river"], WATER).max() > share(seen["harbour"], WATER).min()
+    assert share(seen["industrial"], PAVED).max() > np.median(share(seen["airport"], PAVED))
 
 
 @pytest.mark.parametrize("index", range(8))

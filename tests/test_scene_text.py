@@ -19,15 +19,18 @@ from data.scene_text import (
 )
 from data.scenes import CLASSES, draw_scene
 
-DRAWN = [draw_scene(5, "train", k) for k in range(160)]
+
+@pytest.fixture(scope="module")
+def drawn():
+    return [draw_scene(5, "train", k) for k in range(160)]
 
 
 def answers(scene, kind):
     return {q.question: q.answer for q in questions(scene) if q.kind == kind}
 
 
-def test_captions_name_the_class_and_true_numbers():
-    for scene in DRAWN:
+def test_captions_name_the_class_and_true_numbers(drawn):
+    for scene in drawn:
         sentences = captions(scene)
         assert len(sentences) == 5 and all(scene.name in s for s in sentences)
         for kind, number in counts(scene).items():
@@ -37,15 +40,15 @@ def test_captions_name_the_class_and_true_numbers():
                 assert count_words(kind, number) in sentences[2]
 
 
-def test_captions_name_the_widest_cover_first():
-    for scene in DRAWN:
+def test_captions_name_the_widest_cover_first(drawn):
+    for scene in drawn:
         widest = max(shares(scene).items(), key=lambda item: item[1])[0]
         assert captions(scene)[3].split("mostly ")[1].startswith(COVER_WORDS[widest])
 
 
-def test_counts_are_asked_only_where_nothing_is_cut_off():
+def test_counts_are_asked_only_where_nothing_is_cut_off(drawn):
     asked = 0
-    for scene in DRAWN:
+    for scene in drawn:
         for question, answer in answers(scene, "count").items():
             kind = next(k for k, word in PLURALS.items() if word in question)
             assert int(answer) == counts(scene)[kind] > 0 and kind not in scene.cut
@@ -53,9 +56,9 @@ def test_counts_are_asked_only_where_nothing_is_cut_off():
     assert asked > 40
 
 
-def test_presence_answers_agree_with_objects_and_cover():
+def test_presence_answers_agree_with_objects_and_cover(drawn):
     both = set()
-    for scene in DRAWN:
+    for scene in drawn:
         found = answers(scene, "presence")
         for kind, number in counts(scene).items():
             word = {"tank": "storage tank"}.get(kind, kind)
@@ -71,10 +74,10 @@ def test_presence_answers_agree_with_objects_and_cover():
     assert both == {None, "yes", "no"} or both == {"yes", "no"}
 
 
-def test_comparisons_and_quarters_are_clear():
+def test_comparisons_and_quarters_are_clear(drawn):
     quarters = 0
     words = {word: name for name, word in COVER_WORDS.items()}
-    for scene in DRAWN:
+    for scene in drawn:
         for question, answer in answers(scene, "compare").items():
             one, two = re.match(
                 r".*: (.*) or (.*)\?", question.replace("grass or", "grass/")
@@ -91,16 +94,16 @@ def test_comparisons_and_quarters_are_clear():
     assert quarters > 10
 
 
-def test_every_scene_has_a_theme_question_and_a_season_question():
-    for scene in DRAWN[:16]:
+def test_every_scene_has_a_theme_question_and_a_season_question(drawn):
+    for scene in drawn[:16]:
         (theme,) = answers(scene, "theme").items()
         assert theme[1] == scene.name and all(name in theme[0] for name in CLASSES)
         assert answers(scene, "season")["Is there snow on the ground?"] in ("yes", "no")
 
 
-def test_a_phrase_names_one_object():
+def test_a_phrase_names_one_object(drawn):
     named = 0
-    for scene in DRAWN:
+    for scene in drawn:
         found = phrases(scene)
         assert len({phrase for phrase, _ in found}) == len(found)
         boxes = [thing.box for thing in scene.things]
