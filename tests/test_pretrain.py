@@ -168,9 +168,9 @@ def test_dropped_metadata_is_the_number_zero():
     params["conv_out"]["kernel"] = np.full_like(params["conv_out"]["kernel"], 0.01)
     batch, key = batch_of(always), jax.random.key(0)
     zeros = batch | {"metadata": jnp.zeros((4, 7))}
-    dropped = float(always.loss(params, {}, batch, key, None)[0])
-    assert dropped == float(never.loss(params, {}, zeros, key, None)[0])
-    assert dropped != float(never.loss(params, {}, batch, key, None)[0])
+    dropped = float(loss_of(always, params, batch, key)[0])
+    assert dropped == float(loss_of(never, params, zeros, key)[0])
+    assert dropped != float(loss_of(never, params, batch, key)[0])
 
 
 class Listens:
