@@ -27,7 +27,8 @@ def declare(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
         return module.param(name, nn.initializers.zeros, shape)
     value = module.get_variable("params", name)
     if value.shape != shape:
-        raise errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+        where = "/" + "/".join(module.path)
+        raise errors.ScopeParamShapeError(name, where, value.shape, shape)
     return value
 
 
