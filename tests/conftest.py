@@ -23,6 +23,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -88,6 +89,12 @@ def rel_error(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
     return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30))
+
+
+def tree_norm(tree) -> float:
+    """Square root of the sum of squares over all leaves, in float64."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return float(np.sqrt(sum(np.square(leaf).sum() for leaf in leaves)))
 
 
 @pytest.fixture(scope="session")

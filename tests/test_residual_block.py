@@ -114,7 +114,10 @@ def test_bfloat16_products_stay_near_float32():
     tree = random_tree(block)
     x = np.random.default_rng(4).standard_normal((N * SIDE[0] * SIDE[1], 12), np.float32)
     half = dataclasses.replace(block, dtype=jnp.bfloat16)
-    exact, near = (block_forward(tree, x, SIDE, b)[0] for b in (block, half))
+    exact, near = (
+        jax.jit(lambda tree, x, b=b: block_forward(tree, x, SIDE, b)[0])(tree, x)
+        for b in (block, half)
+    )
     assert near.dtype == jnp.float32
     assert 1e-4 < rel_error(near, exact) < 3e-2
 
