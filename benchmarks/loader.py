@@ -51,6 +51,8 @@ def find_pictures(folder: str, scratch: Path, side: int) -> Path:
     out.mkdir()
     if folder:
         found = sorted(p for p in Path(folder).rglob("*") if is_image(p))
+        if not found:
+            raise SystemExit(f"--images={folder} holds no pictures; name a folder that does")
         images = (Image.open(p).convert("RGB").resize((side, side)) for p in found)
     else:
         images = (Image.fromarray(draw_scene(0, "train", k, side).image) for k in range(400))
