@@ -54,6 +54,9 @@ def read_codec(folder: Path, dtype=jnp.float32) -> AutoencoderKL | SpaceToDepth:
 class BackboneFolder:
     """A frozen model in a pipeline folder, and how it is used.
 
+    root: a folder in the public layout, or WORKDIR/export of a pretraining.
+    prompt: stored in the folder, or embedded by its text tower; prompt_cache: a folder that keeps
+    such embeddings, or None.
     resolution: pixels, chooses `resolution<pixels>/` where the release has several.
     untrained_seed: keep the sizes, but draw the UNet's weights at random (the control experiment).
     use_metadata: keep the seven metadata embeddings (the published extractor drops them).
@@ -109,7 +112,8 @@ class BackboneFolder:
     def load(self, mesh: Mesh | None = None) -> Backbone:
         """The model as host arrays, or on a mesh: a process reads only what lies on its devices.
 
-        Of several processes all must call it first; later one may.
+        Of several processes all must call it first; later one may. Raises FileNotFoundError, and
+        ValueError where weights, config or mesh do not fit together, or nothing embeds the prompt.
         """
         found, parts = self.shapes(), self.parts
         where, dtype = find_places(found.unet_params, mesh), jnp.dtype(self.dtype)

@@ -78,7 +78,11 @@ class LinearProbe(nn.Module):
 
 
 def feature_stats(batches: Iterable, *, segments: bool) -> dict:
-    """feature_stats of a head from batches of a training set: `features` and `mask`."""
+    """feature_stats of a head, from the batches of a training set.
+
+    A batch holds `features`, a [B, T, H, W, C] for every scale, and `mask` [B], False for rows that
+    only fill it up.
+    """
     moments = jax.jit(lambda f, mask: batch_moments(probe_inputs(f, segments=segments), mask))
     total = None
     for batch in batches:
